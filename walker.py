@@ -62,9 +62,9 @@ def parse_training(argv: Sequence[str]) -> tuple[core.Config, Path | None, bool]
     base, resume = {}, None
     if typed.config is not None:
         try:
-            base = json.loads(core.read_file(typed.config))
-        except ValueError as error:
-            raise core.UserError(f"{typed.config} is no JSON: {error}") from None
+            base = dict(json.loads(core.read_file(typed.config)))
+        except (ValueError, TypeError) as error:
+            raise core.UserError(f"{typed.config} is no JSON object: {error}") from None
     if typed.resume is not None:
         resume = Path(typed.resume or Path(typed.out or ".", core.LAST))
         base = core.load_checkpoint(resume, typed.env)["config"]
