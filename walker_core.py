@@ -128,7 +128,7 @@ class Config:
     @classmethod
     def for_env(cls, env: str, **settings: Any) -> Config:
         """Defaults, then the environment's preset, then `settings`."""
-        return cls(**{"env": env, **PRESETS.get(env, {}), **settings})
+        return cls(**{"env": env, **PRESETS.get(str(env), {}), **settings})
 
     @property
     def batch_size(self) -> int:
@@ -166,12 +166,17 @@ RULES = [  # every field once: names, whether a value is right, and what would b
     ("eval_every checkpoint_every", lambda v: _whole(v, 0), "a whole number; 0: never"),
     ("seed", lambda v: _whole(v, 0) and v < 2**32, "a whole number from 0 to 4294967295"),
     ("actor_hidden critic_hidden", lambda v: all(_whole(n, 1) for n in v) and v, "sizes, each ≥ 1"),
-    ("gamma gae_lambda", lambda v: 0 <= v <= 1, "from 0 to 1"),
-    ("entropy_coef value_coef", lambda v: 0 <= v < math.inf, "a finite number, 0 or more"),
-    ("clip_obs init_std learning_rate", lambda v: 0 < v < math.inf, "a finite number above 0"),
-    ("desired_kl clip_eps max_grad_norm", lambda v: 0 < v < math.inf, "a finite number above 0"),
-    ("target_kl", lambda v: v is None or 0 < v < math.inf, "a finite number above 0, or None"),
-    ("clip_reward", lambda v: -math.inf < v[0] < v[1] < math.inf, "finite LOW HIGH, LOW < HIGH"),
+    ("gamma gae_lambda", lambda v: _real(v) and 0 <= v <= 1, "from 0 to 1"),
+    ("entropy_coef value_coef", lambda v: _real(v) and v >= 0, "a finite number, 0 or more"),
+    ("init_std", lambda v: _real(v) and 1e-3 <= v <= 10, "from 0.001 to 10"),
+    ("clip_obs learning_rate", lambda v: _real(v) and v > 0, "a finite number above 0"),
+    ("desired_kl clip_eps max_grad_norm", lambda v: _real(v) and v > 0, "a finite number above 0"),
+    ("target_kl", lambda v: v is None or (_real(v) and v > 0), "a finite number above 0, or None"),
+    (
+        "clip_reward",
+        lambda v: [*map(_real, v)] == [True, True] and v[0] < v[1],
+        "finite LOW HIGH, LOW < HIGH",
+    ),
     ("norm_obs norm_reward", lambda v: type(v) is bool, "true or false"),
     ("layer_norm stop_when_solved", lambda v: type(v) is bool, "true or false"),
     ("device", lambda v: v in typing.get_args(Device), f"of {typing.get_args(Device)}"),
@@ -183,13 +188,14 @@ RULES = [  # every field once: names, whether a value is right, and what would b
 # Only what differs from the defaults above; tests/benchmarks/TUNING.md has what was tried.
 PRESETS: dict[str, dict[str, Any]] = {
     "BipedalWalker-v3": {
-        "total_timesteps": 1_500_000,
+        "total_timesteps": 3_000_000,
         "num_envs": 64,
-        "rollout_steps": 64,
-        "learning_rate": 1e-3,
-        "lr_schedule": "adaptive",
+        "learning_rate": 1.5e-3,
         "gamma": 0.98,
-        "minibatch_size": 1024,
+        "update_epochs": 10,
+        "minibatch_size": 2048,
+        "eval_every": 50_000,
+        "eval_episodes": 10,
     }
 }
 PRESETS["BipedalWalkerHardcore-v3"] = PRESETS["BipedalWalker-v3"] | {"total_timesteps": 20_000_000}
@@ -197,6 +203,10 @@ PRESETS["BipedalWalkerHardcore-v3"] = PRESETS["BipedalWalker-v3"] | {"total_time
 
 def _whole(value: Any, least: int) -> bool:
     return type(value) is int and value >= least
+
+
+def _real(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def plain_settings(config: Config) -> dict[str, Any]:
@@ -240,10 +250,9 @@ def env_seeds(seed: int, stream: int, count: int, rank: int = 0, step: int = 0) 
 
 def make_env(config: Config, render_mode: str | None = None) -> gym.Env:
     """One environment of the run. UserError where Gymnasium cannot make it or PPO cannot use it."""
+    options = config.env_options | ({"render_mode": render_mode} if render_mode else {})
     try:
-        env = gym.make(
-            config.env, render_mode=render_mode, disable_env_checker=True, **config.env_options
-        )
+        env = gym.make(config.env, disable_env_checker=True, **options)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--env {config.env} cannot be made: {reason}") from error
@@ -585,7 +594,7 @@ def update(
     history = []
     for _ in range(config.update_epochs):
         shuffled = torch.randperm(len(batch.obs), device=batch.obs.device)
-        for rows in shuffled.tensor_split(config.num_minibatches):
+        for rows in shuffled.tensor_split(min(config.num_minibatches, len(shuffled))):
             minibatch = Batch(*(tensor[rows] for tensor in batch))
             logprobs, entropy = agent.evaluate_actions(minibatch.obs, minibatch.actions)
             values = agent.value(minibatch.obs)
@@ -631,9 +640,13 @@ def evaluate(
     """
     returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), dtype=np.int64)
     waiting = iter(range(len(seeds)))
-    envs = [make_env(config) for _ in range(min(together, len(seeds)))]
-    running = [(env, k, env.reset(seed=seeds[k])[0]) for env, k in zip(envs, waiting, strict=False)]
-    while running:
+    running = []
+    while True:
+        for k in itertools.islice(waiting, together - len(running)):
+            env = make_env(config)  # a new one: a Box2D world keeps traces of who walked before
+            running.append((env, k, env.reset(seed=seeds[k])[0]))
+        if not running:
+            return returns, lengths
         actions = act(np.stack([obs for _, _, obs in running]))
         still_running = []
         for (env, k, _), action in zip(running, actions, strict=True):
@@ -641,14 +654,10 @@ def evaluate(
             returns[k] += reward
             lengths[k] += 1
             if terminated or truncated:
-                k = next(waiting, None)
-                if k is None:
-                    env.close()
-                    continue
-                obs, _ = env.reset(seed=seeds[k])
-            still_running.append((env, k, obs))
+                env.close()
+            else:
+                still_running.append((env, k, obs))
         running = still_running
-    return returns, lengths
 
 
 def play(act: Act, env: gym.Env, seeds: Sequence[int]) -> Iterator[np.ndarray | None]:
@@ -695,8 +704,11 @@ class Learner:
     def __init__(self, config: Config) -> None:
         self.config, self.device = config, resolve_device(config.device)
         self.env = make_env(config)  # for its spaces; never stepped
+        self.threshold = self.env.spec.reward_threshold
         self.dims = self.env.observation_space.shape[0], self.env.action_space.shape[0]
         self.agent = ActorCritic(*self.dims, config).to(self.device)
+        if sum(p.numel() for p in self.agent.parameters()) < 100_000:
+            torch.set_num_threads(1)  # small networks lose more to threads than they gain
         rate = torch.tensor(config.learning_rate, device=self.device)
         self.optimizer = torch.optim.Adam(self.agent.parameters(), rate, eps=1e-5, fused=True)
         self.obs_normalizer = ObservationNormalizer(self.dims[:1], config)
@@ -741,7 +753,7 @@ class Learner:
         try:
             self.agent.load_state_dict(state["agent"])
             self.obs_normalizer.load_state_dict(state["obs_normalizer"])
-        except RuntimeError as error:
+        except (RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split()).split(": ", 1)[-1]
             raise UserError(f"{source} does not fit this network: {reason}") from None
 
@@ -785,10 +797,10 @@ def load_checkpoint(path: str | Path, env: str | None = None) -> dict[str, Any]:
         raise UserError(f"{path} is no checkpoint, or a damaged one") from None
     if damaged:
         raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong")
-    if not isinstance(state, dict) or "format" not in state or "config" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
         raise UserError(f"{path} is no checkpoint of this program")
-    if state["format"] != CHECKPOINT_FORMAT:
-        theirs = f"its format is {state['format']}, this program's is {CHECKPOINT_FORMAT}"
+    if state.get("format") != CHECKPOINT_FORMAT:
+        theirs = f"its format is {state.get('format')}, this program's is {CHECKPOINT_FORMAT}"
         raise UserError(f"{path} was written by version {state.get('version')}: {theirs}")
     named = str(state["config"].get("env"))
     if ":" in named and env is None:
@@ -991,11 +1003,7 @@ def evaluate_and_rank(learner: Learner, log: RunLog) -> tuple[dict[str, float], 
     A best mean at the threshold is confirmed on 100 fresh episodes, and the policy ranked by those:
     the highest of many means over a few episodes is high by luck.
     """
-    config, counters, threshold = (
-        learner.config,
-        learner.counters,
-        learner.env.spec.reward_threshold,
-    )
+    config, counters, threshold = learner.config, learner.counters, learner.threshold
     best = -math.inf if counters.best_return is None else counters.best_return
     seeds = env_seeds(config.seed, EVALUATE, config.eval_episodes)
     returns, _ = evaluate(learner.act, config, seeds)
@@ -1060,7 +1068,7 @@ def export(learner: Learner, log: RunLog, film: bool) -> None:
             log.say(f"video: {out / FILM}, and a GIF beside it")
     except (UserError, gym.error.Error) as error:
         log.say(f"no video: {error}")
-    viz.plot_training_curves(out / METRICS, out / CURVES, learner.env.spec.reward_threshold)
+    viz.plot_training_curves(out / METRICS, out / CURVES, learner.threshold)
     log.say(f"curves: {out / CURVES}")
 
 
@@ -1084,13 +1092,12 @@ def train(
     """
     learner, out, mark = prepare_learner(config, resume), Path(config.out), time.perf_counter()
     agent, counters, normalizer = learner.agent, learner.counters, learner.obs_normalizer
-    threads = min(torch.get_num_threads(), 4)  # networks this small gain nothing from more
     with contextlib.ExitStack() as stack:
         seeds = env_seeds(config.seed, TRAIN, config.num_envs, step=counters.step)
         envs, obs = make_vector_env(config, seeds)
         stack.callback(envs.close)
         claim_folder(out, resume is not None, overwrite)
-        write_config(config, learner.env.spec.reward_threshold, out / CONFIG)
+        write_config(config, learner.threshold, out / CONFIG)
         log = stack.enter_context(contextlib.closing(RunLog(out / METRICS, config, counters.step)))
         stop = stack.enter_context(StopSignals())
         learner.save(LAST)
@@ -1104,13 +1111,11 @@ def train(
             if config.lr_schedule != "adaptive":
                 learner.optimizer.param_groups[0]["lr"].fill_(scheduled_rate(config, counters.step))
 
-            # collect a rollout; on one thread, because few rows make a batch
-            torch.set_num_threads(1)
+            # collect a rollout
             episodes = collect_rollout(envs, agent, normalizer, buffer, state)
             collected = time.perf_counter()
 
             # compute advantages of the normalised rewards; update
-            torch.set_num_threads(threads)
             rewards = learner.reward_normalizer(buffer.rewards, buffer.valid, state.discounted)
             batch = make_batch(buffer, agent, rewards, config)
             losses = update(agent, learner.optimizer, batch, config)

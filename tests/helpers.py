@@ -1,0 +1,94 @@
+"""Tiny settings and comparisons that several test files share."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import walker_core as core
+
+BATCH = 32  # steps of one iteration of the tiny runs: 16 of each of 2 environments
+TINY = {
+    "env": "Pendulum-v1",
+    "env_kwargs": ("max_episode_steps=10",),
+    "device": "cpu",  # where runs of one seed are equal to the bit
+    "num_envs": 2,
+    "rollout_steps": 16,
+    "minibatch_size": 16,
+    "update_epochs": 2,
+    "actor_hidden": (4,),
+    "critic_hidden": (4,),
+    "eval_every": 0,
+    "eval_episodes": 2,
+    "total_timesteps": 4 * BATCH,
+}
+# Columns that tell of the clock; all others must be equal to the bit between two runs of one seed.
+CLOCK = ("wall_s", "steps_per_s", "collect_s", "update_s", "eval_s")
+LEARNED = ("agent", "optimizer", "obs_normalizer", "reward_normalizer", "rng")  # in a checkpoint
+
+
+def tiny(out: Path | str = ".", **changes: Any) -> core.Config:
+    """A run of four iterations, a tenth of a second long; without evaluations."""
+    return core.Config(**{**TINY, "out": str(out), **changes})
+
+
+def flags(out: Path | str = ".", **changes: Any) -> list[str]:
+    """The settings of `tiny`, as typed on the command line."""
+    words = []
+    for name, value in {**TINY, "out": str(out), **changes}.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            many = isinstance(value, Sequence) and not isinstance(value, str)
+            words += [f"--{flag}", *map(str, value if many else [value])]
+    return words
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    """The cells of a run's metrics.csv, as they are written."""
+    with open(out / core.METRICS, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_clock(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{name: cell for name, cell in row.items() if name not in CLOCK} for row in rows]
+
+
+def column(out: Path, name: str) -> list[float]:
+    return [float(row[name]) for row in rows(out)]
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder: the bytes of files, None for folders."""
+    return {
+        str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nested values are equal to the bit, types and order of keys included."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and _bits(a) == _bits(b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)
+
+
+def _bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().numpy().tobytes()
+
+
+def learned(checkpoint: Path) -> dict[str, Any]:
+    """All of a checkpoint that training has made: networks, optimiser, normalisers, RNG states."""
+    state = core.load_checkpoint(checkpoint)
+    return {name: state[name] for name in LEARNED}

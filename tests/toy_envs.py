@@ -1,0 +1,180 @@
+"""Tiny environments whose rewards, lengths and optima are known, registered for the tests."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box
+
+import walker_core as core
+
+
+class Script(gym.Env):
+    """Episodes of known length, ending and rewards, each readable from its observations.
+
+    Episode e after `reset(seed=s)` takes its length from `lengths[(s + e) % len(lengths)]`: n ends
+    by termination, -n by truncation. Step k pays `pay(s, e, k)`. The observation is (s, e, k, and
+    the two numbers of the action that the step received), with zeros for the action after a reset.
+    """
+
+    observation_space = Box(-np.inf, np.inf, (5,), np.float32)
+    action_space = Box(-1.0, 1.0, (2,), np.float32)
+
+    def __init__(self, lengths: tuple[int, ...] = (3,), render_mode: str | None = None) -> None:
+        self.lengths, self.tag, self.episode = lengths, 0, -1
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.tag, self.episode = (self.tag, self.episode + 1) if seed is None else (seed, 0)
+        self.k = 0
+        return self._observe(np.zeros(2)), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        reward = pay(self.tag, self.episode, self.k)
+        self.k += 1
+        length = self.lengths[(self.tag + self.episode) % len(self.lengths)]
+        ended = self.k == abs(length)
+        return self._observe(action), reward, ended and length > 0, ended and length < 0, {}
+
+    def _observe(self, action: np.ndarray) -> np.ndarray:
+        return np.array([self.tag, self.episode, self.k, *action], np.float32)
+
+
+class Falls(gym.Env):
+    """Episodes of 1 to 40 steps, drawn from the seed, that pay 1 + the first action at each step.
+
+    Who lives longer earns more, so the first episodes to finish are the worst.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012
+    observation_space = Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = Box(-0.25, 0.25, (1,), np.float32)
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.left = int(self.np_random.integers(1, 41))
+        return self._observe(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.left -= 1
+        noise = float(self.np_random.normal())
+        return self._observe(), 1 + float(action[0]) + noise / 8, self.left == 0, False, {}
+
+    def render(self) -> np.ndarray:
+        return np.full((4, 4, 3), self.left, np.uint8)
+
+    def _observe(self) -> np.ndarray:
+        return np.array([self.left, *self.np_random.normal(size=2)], np.float32)
+
+
+class Reach(gym.Env):
+    """A point at +1 or -1 that should go to 0: x += a / 2, |a| ≤ 1, pays -x², for ten steps.
+
+    The best return is -0.25 exactly: no action brings |x| below 0.5 in the first step, and the
+    second can reach 0. Standing still pays -10. It knows nothing of rendering.
+    """
+
+    optimum = -0.25
+    observation_space = Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.x = float(self.np_random.choice([-1.0, 1.0]))
+        return np.array([self.x], np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.x += float(np.clip(action[0], -1, 1)) / 2
+        return np.array([self.x], np.float32), -(self.x**2), False, False, {}
+
+
+class Shapes(gym.Env):
+    """Never stepped: only its spaces matter."""
+
+    def __init__(
+        self, observation: gym.Space, action: gym.Space, render_mode: str | None = None
+    ) -> None:
+        self.observation_space, self.action_space = observation, action
+
+
+FLOATS, WHOLE = Box(-1, 1, (3,), np.float32), Box(-9, 9, (3,), np.int64)
+IMAGE, DISCRETE = Box(0, 1, (4, 4), np.float32), gym.spaces.Discrete(3)
+UNSUPPORTED = {  # name: spaces, and which of the two PPO cannot use
+    "Toy/DiscreteObs-v0": ((DISCRETE, FLOATS), "observation"),
+    "Toy/DictObs-v0": ((gym.spaces.Dict({"a": FLOATS}), FLOATS), "observation"),
+    "Toy/ImageObs-v0": ((IMAGE, FLOATS), "observation"),
+    "Toy/WholeObs-v0": ((WHOLE, FLOATS), "observation"),
+    "Toy/DiscreteAction-v0": ((FLOATS, DISCRETE), "action"),
+    "Toy/MatrixAction-v0": ((FLOATS, IMAGE), "action"),
+    "Toy/WholeAction-v0": ((FLOATS, WHOLE), "action"),
+}
+
+gym.register("Toy/Script-v0", Script)
+gym.register("Toy/Falls-v0", Falls)
+gym.register("Toy/Reach-v0", Reach, max_episode_steps=10)
+for _name, (_spaces, _) in UNSUPPORTED.items():
+    gym.register(_name, Shapes, kwargs=dict(zip(("observation", "action"), _spaces, strict=True)))
+
+
+def pay(tag: int, episode: int, k: int) -> float:
+    """The reward of `Script`: exact in float32, of both signs, another for each step and env."""
+    return 1 + tag + episode / 4 - k / 2
+
+
+class Row(NamedTuple):
+    """What one step of a vector env with NEXT_STEP autoreset is, for one `Script` env."""
+
+    valid: bool
+    reward: float
+    terminated: bool
+    truncated: bool
+    obs: tuple[int, int, int]  # (tag, episode, k) that the step returned
+
+
+def script_rows(tag: int, lengths: tuple[int, ...]) -> Iterator[Row]:
+    """All rows of a `Script` env from reset(seed=tag) on, by the definition of NEXT_STEP."""
+    episode = 0
+    while True:
+        length = lengths[(tag + episode) % len(lengths)]
+        for k in range(abs(length)):
+            ended = k + 1 == abs(length)
+            endings = ended and length > 0, ended and length < 0
+            yield Row(True, pay(tag, episode, k), *endings, (tag, episode, k + 1))
+        episode += 1
+        yield Row(False, 0.0, False, False, (tag, episode, 0))
+
+
+def script_config(lengths: tuple[int, ...], **settings: Any) -> core.Config:
+    """Four `Script` envs, rollouts of seven steps, raw observations, unless `settings` differ."""
+    defaults = {"num_envs": 4, "rollout_steps": 7, "minibatch_size": 8, "norm_obs": False}
+    options = {"env": "Toy/Script-v0", "env_kwargs": (f"lengths={lengths}",)}
+    return core.Config(**{**options, **defaults, **settings})
+
+
+class Collection:
+    """Everything `collect_rollout` needs, made from a config; env i is reset with seed i."""
+
+    def __init__(self, config: core.Config) -> None:
+        self.learner = core.Learner(config)
+        self.envs, self.first_obs = core.make_vector_env(config, range(config.num_envs))
+        self.normalizer = self.learner.obs_normalizer
+        self.state = core.EnvState(self.normalizer.update_and_normalize(self.first_obs))
+        self.buffer = core.RolloutBuffer(config, *self.learner.dims, self.learner.device)
+        self.episodes: list[tuple[float, int]] = []
+
+    def rollout(self) -> core.RolloutBuffer:
+        """Collect once more; a copy of the buffer, and its finished episodes in `episodes`."""
+        agent, state = self.learner.agent, self.state
+        self.episodes = core.collect_rollout(self.envs, agent, self.normalizer, self.buffer, state)
+        return copy.deepcopy(self.buffer)
+
+    def rewards(self, buffer: core.RolloutBuffer) -> core.Tensor:
+        """The rewards that training would use, by the running statistics."""
+        return self.learner.reward_normalizer(buffer.rewards, buffer.valid, self.state.discounted)
