@@ -61,10 +61,13 @@ def parse_training(argv: Sequence[str]) -> tuple[core.Config, Path | None, bool]
 
     base, resume = {}, None
     if typed.config is not None:
+        text = core.read_file(typed.config)
         try:
-            base = dict(json.loads(core.read_file(typed.config)))
-        except (ValueError, TypeError) as error:
-            raise core.UserError(f"{typed.config} is no JSON object: {error}") from None
+            base = json.loads(text)
+        except ValueError:
+            base = None
+        if not isinstance(base, dict):
+            raise core.UserError(f"{typed.config} is no JSON object")
     if typed.resume is not None:
         resume = Path(typed.resume or Path(typed.out or ".", core.LAST))
         base = core.load_checkpoint(resume, typed.env)["config"]

@@ -28,7 +28,9 @@ import threading
 import time
 import types
 import typing
+import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +107,7 @@ class Config:
     target_kl: float | None = None  # end an update after an epoch whose KL exceeds 1.5 × this
 
     eval_every: int = 100_000  # steps between evaluations; 0: never
-    eval_episodes: int = 20  # episodes of each periodic evaluation
+    eval_episodes: int = 10  # episodes of each periodic evaluation
     checkpoint_every: int = 0  # steps between kept step_N.pt files; 0: none are kept
     stop_when_solved: bool = False  # end the run once 100 fresh episodes confirm the threshold
 
@@ -191,11 +193,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "total_timesteps": 3_000_000,
         "num_envs": 64,
         "learning_rate": 1.5e-3,
-        "gamma": 0.98,
+        "gamma": 0.995,
+        "init_std": 0.7,
         "update_epochs": 10,
         "minibatch_size": 2048,
-        "eval_every": 50_000,
-        "eval_episodes": 10,
     }
 }
 PRESETS["BipedalWalkerHardcore-v3"] = PRESETS["BipedalWalker-v3"] | {"total_timesteps": 20_000_000}
@@ -206,7 +207,7 @@ def _whole(value: Any, least: int) -> bool:
 
 
 def _real(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is int or (isinstance(value, float) and math.isfinite(value))
 
 
 def plain_settings(config: Config) -> dict[str, Any]:
@@ -252,10 +253,13 @@ def make_env(config: Config, render_mode: str | None = None) -> gym.Env:
     """One environment of the run. UserError where Gymnasium cannot make it or PPO cannot use it."""
     options = config.env_options | ({"render_mode": render_mode} if render_mode else {})
     try:
-        env = gym.make(config.env, disable_env_checker=True, **options)
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, in one line
+            env = gym.make(config.env, disable_env_checker=True, **options)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--env {config.env} cannot be made: {reason}") from error
+    if render_mode and render_mode not in env.metadata.get("render_modes", ()):
+        raise UserError(f"--env {config.env} cannot render")
     obs, action = env.observation_space, env.action_space
     for space, what in ((obs, "observation"), (action, "action")):
         is_vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
@@ -781,27 +785,33 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+PARTS = ("config", "counters", "agent", "optimizer", "obs_normalizer", "reward_normalizer", "rng")
+_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OverflowError)
+DAMAGE = (*_BROKEN, pickle.UnpicklingError, RuntimeError, ValueError)  # what a damaged file raises
+
+
 def load_checkpoint(path: str | Path, env: str | None = None) -> dict[str, Any]:
     """A checkpoint's state on the CPU. Runs no code from it; UserError where it cannot be used.
 
-    The archive's checksums are verified first: torch.load does not, and would load most flipped
-    bits silently as other values. An environment of the form `module:EnvId` would be imported, so
-    it must be given as `env`, by the user.
+    torch.load sees only records whose checksum was right: by itself it does not look, and would
+    load most flipped bits silently as other values. An environment of the form `module:EnvId` would
+    be imported, so it must be given as `env`, by the user.
     """
-    data = read_file(path)
+    verified, data = io.BytesIO(), io.BytesIO(read_file(path))
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            damaged = archive.testzip()
-        state = None if damaged else torch.load(io.BytesIO(data), "cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError):
+        with zipfile.ZipFile(data) as archive, zipfile.ZipFile(verified, "w") as copy:
+            for record in archive.infolist():
+                copy.writestr(record.filename, archive.read(record))  # checks the checksum
+        state = torch.load(io.BytesIO(verified.getvalue()), "cpu", weights_only=True)
+    except DAMAGE:
         raise UserError(f"{path} is no checkpoint, or a damaged one") from None
-    if damaged:
-        raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong")
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
         raise UserError(f"{path} is no checkpoint of this program")
     if state.get("format") != CHECKPOINT_FORMAT:
         theirs = f"its format is {state.get('format')}, this program's is {CHECKPOINT_FORMAT}"
         raise UserError(f"{path} was written by version {state.get('version')}: {theirs}")
+    if not all(isinstance(state.get(part), dict) for part in PARTS):
+        raise UserError(f"{path} is no checkpoint of this program: a part of it is missing")
     named = str(state["config"].get("env"))
     if ":" in named and env is None:
         raise UserError(f"{path} names the environment {named}: type --env {named} to import it")
@@ -824,17 +834,24 @@ METRICS, CONFIG = "checkpoints_walker/metrics.csv", "checkpoints_walker/config.j
 FILM, CURVES = "videos/walker_final.mp4", "plots/training_curves.png"
 
 
-def claim_folder(out: Path, resuming: bool, overwrite: bool) -> None:
-    """Make the folders of a run. UserError where they hold another, or cannot be written to."""
-    if not (resuming or overwrite) and any((out / name).exists() for name in (BEST, LAST, METRICS)):
-        choices = "go on with --resume, choose another folder with --out, or --overwrite it"
-        raise UserError(f"{out / LAST} or its neighbours are of a run: {choices}")
+def make_folders(*folders: Path) -> None:
+    """UserError, before any is made, where they cannot be written to."""
+    blocked = [folder for folder in folders if folder.exists() and not folder.is_dir()]
     try:
-        for folder in ((out / name).parent for name in (LAST, FILM, CURVES)):
+        for folder in blocked or folders:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
+
+
+def claim_folder(out: Path, resume: str | Path | None, overwrite: bool) -> None:
+    """Make the folders of a run. UserError where they hold another, or cannot be written to."""
+    own = resume is not None and Path(resume).resolve().parent == (out / LAST).resolve().parent
+    if not (own or overwrite) and any((out / name).exists() for name in (BEST, LAST, METRICS)):
+        choices = "go on with --resume, choose another folder with --out, or --overwrite it"
+        raise UserError(f"{(out / LAST).parent} holds a run: {choices}")
+    make_folders(*((out / name).parent for name in (LAST, FILM, CURVES)))
     if overwrite:
         gif = (out / FILM).with_suffix(".gif")
         steps = [p for p in (out / LAST).parent.glob("step_*.pt") if p.stem[5:].isdecimal()]
@@ -864,8 +881,8 @@ class RunLog:
         """Append a row, flushed; a column that is not given stays empty. Show where the run is."""
         self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
         self.file.flush()
-        best, shown = row["best_return"], row.get("return_mean", math.nan)
-        text = f"return {shown:.1f}, best {math.nan if best is None else best:.1f}"
+        shown = {"return": row.get("return_mean"), "best": row["best_return"]}
+        text = ", ".join(f"{k} {'–' if v is None else f'{v:.1f}'}" for k, v in shown.items())
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(row["step"] - self.bar.n)
         if self.bar.disable and time.monotonic() - self.said_at > 10:  # no terminal: plain lines
@@ -909,6 +926,8 @@ def record_episode(
     with contextlib.closing(env), atomic_path(mp4) as temporary:
         with imageio.get_writer(temporary, fps=fps, **h264) as video:
             for t, frame in enumerate(play(act, env, [seed])):
+                if frame is None:
+                    raise UserError(f"--env {config.env} renders nothing")
                 if t >= seconds * fps:
                     break
                 video.append_data(frame)
@@ -1066,7 +1085,7 @@ def export(learner: Learner, log: RunLog, film: bool) -> None:
             seed = env_seeds(config.seed, VIDEO, 1)[0]
             record_episode(learner.act, config, seed, out / FILM)
             log.say(f"video: {out / FILM}, and a GIF beside it")
-    except (UserError, gym.error.Error) as error:
+    except (UserError, gym.error.Error, NotImplementedError) as error:
         log.say(f"no video: {error}")
     viz.plot_training_curves(out / METRICS, out / CURVES, learner.threshold)
     log.say(f"curves: {out / CURVES}")
@@ -1096,7 +1115,7 @@ def train(
         seeds = env_seeds(config.seed, TRAIN, config.num_envs, step=counters.step)
         envs, obs = make_vector_env(config, seeds)
         stack.callback(envs.close)
-        claim_folder(out, resume is not None, overwrite)
+        claim_folder(out, resume, overwrite)
         write_config(config, learner.threshold, out / CONFIG)
         log = stack.enter_context(contextlib.closing(RunLog(out / METRICS, config, counters.step)))
         stop = stack.enter_context(StopSignals())
@@ -1178,7 +1197,9 @@ def run_evaluation(options: Evaluation) -> str:
     changes = {name: getattr(options, name) for name in ("seed", "device", "out")}
     if options.env not in (None, config.env):
         changes |= {"env": options.env, "env_kwargs": ()}
-    config = dataclasses.replace(config, eval_episodes=options.episodes, **changes)
+    config = dataclasses.replace(config, **changes)
+    if options.episodes < 1:
+        raise UserError(f"--episodes is {options.episodes}: it must be at least 1")
     if options.seconds is not None and not 0 < options.seconds < math.inf:
         raise UserError(f"--seconds is {options.seconds}: it must be above 0, and finite")
     learner = Learner(config)
@@ -1186,7 +1207,7 @@ def run_evaluation(options: Evaluation) -> str:
     seeds = env_seeds(options.seed, TEST, options.episodes)
     if options.record:
         mp4 = Path(options.out, "videos", f"{Path(options.checkpoint).stem}.mp4")
-        mp4.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(mp4.parent)
         record_episode(learner.act, config, seeds[0], mp4, options.seconds or math.inf)
         print(f"video: {mp4}, and a GIF beside it")
     if options.render:

@@ -63,6 +63,16 @@ def column(out: Path, name: str) -> list[float]:
     return [float(row[name]) for row in rows(out)]
 
 
+def warned(recwarn) -> list[str]:
+    """Warnings that a terminal would show: Gymnasium's, which are coloured, and all but those of
+    old modules being imported."""
+    return [
+        str(warning.message)
+        for warning in recwarn
+        if "WARN" in str(warning.message) or not issubclass(warning.category, DeprecationWarning)
+    ]
+
+
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Everything below a folder: the bytes of files, None for folders."""
     return {

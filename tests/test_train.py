@@ -20,7 +20,19 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from helpers import BATCH, CLOCK, column, flags, learned, rows, same, tiny, tree, without_clock
+from helpers import (
+    BATCH,
+    CLOCK,
+    column,
+    flags,
+    learned,
+    rows,
+    same,
+    tiny,
+    tree,
+    warned,
+    without_clock,
+)
 from PIL import Image
 
 import walker
@@ -778,7 +790,7 @@ class Mute(Unfinished):
 
 @pytest.mark.parametrize("env_class", [Blind, Unfinished, Mute])
 def test_an_environment_that_cannot_render_is_skipped_with_one_line(
-    env_class, tmp_path, monkeypatch, capsys
+    env_class, tmp_path, monkeypatch, capsys, recwarn
 ):
     monkeypatch.setattr(core, "export", EXPORT)
     gym.register("NoPictures-v0", env_class, max_episode_steps=10)
@@ -787,8 +799,9 @@ def test_an_environment_that_cannot_render_is_skipped_with_one_line(
         assert walker.main(argv) == 0
     finally:
         del gym.registry["NoPictures-v0"]
-    lines = capsys.readouterr().out.splitlines()
-    assert sum("no video" in line for line in lines) == 1
+    printed = capsys.readouterr()
+    assert sum("no video" in line for line in printed.out.splitlines()) == 1
+    assert (printed.err, warned(recwarn)) == ("", [])
     assert (tmp_path / core.CURVES).exists()
     assert not list((tmp_path / core.FILM).parent.iterdir())
 
