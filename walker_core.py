@@ -436,65 +436,50 @@ class ActorCritic(nn.Module):
 # ==== 4. Rollout ==================================================================================
 
 
-class RolloutBuffer:
-    """One rollout, preallocated on the device. `valid` is False on reset rows."""
+class Rollout:
+    """T steps of N environments, preallocated on the device, and what goes over to the next T."""
 
-    def __init__(self, config: Config, obs_dim: int, action_dim: int, device: torch.device) -> None:
+    def __init__(self, config: Config, first_obs: Tensor, action_dim: int) -> None:
         T, N = config.rollout_steps, config.num_envs
+        self.obs = first_obs.new_zeros(T + 1, *first_obs.shape)  # row t + 1 is what step t returned
+        self.obs[-1] = first_obs  # (N, O) normalised
+        self.actions = first_obs.new_zeros(T, N, action_dim)  # unclipped
+        self.logprobs = first_obs.new_zeros(T, N)
+        self.rewards = first_obs.new_zeros(T, N)  # raw
+        self.terminated = torch.zeros_like(self.rewards, dtype=torch.bool)
+        self.truncated = torch.zeros_like(self.terminated)
+        self.valid = torch.zeros_like(self.terminated)  # False on reset rows
 
-        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self.obs = empty(T + 1, N, obs_dim)  # row t + 1 is what step t returned
-        self.actions = empty(T, N, action_dim)  # unclipped
-        self.logprobs = empty(T, N)
-        self.rewards = empty(T, N)  # raw
-        self.terminated = empty(T, N, dtype=torch.bool)
-        self.truncated = empty(T, N, dtype=torch.bool)
-        self.valid = empty(T, N, dtype=torch.bool)
-
-
-class EnvState:
-    """What goes over from one rollout to the next; NumPy, as the environments are, but `obs`."""
-
-    def __init__(self, obs: Tensor) -> None:
-        N = len(obs)
-        self.obs = obs  # (N, O) normalised
         self.ended = np.zeros(N, dtype=bool)  # whether the step before ended an episode
-        self.discounted = torch.zeros(N)  # the reward normaliser's running return
         self.episode_return = np.zeros(N)
         self.episode_length = np.zeros(N, dtype=np.int64)
+        self.discounted = torch.zeros(N)  # the reward normaliser's running return
 
 
 @torch.no_grad()
 def collect_rollout(
-    envs: VectorEnv,
-    agent: ActorCritic,
-    normalizer: ObservationNormalizer,
-    buffer: RolloutBuffer,
-    state: EnvState,
+    envs: VectorEnv, agent: ActorCritic, normalizer: ObservationNormalizer, rollout: Rollout
 ) -> list[tuple[float, int]]:
-    """Fill `buffer` with T steps of N environments; raw (return, length) of episodes that ended."""
+    """Fill `rollout` with its next T steps; raw (return, length) of the episodes that ended."""
     low, high = envs.single_action_space.low, envs.single_action_space.high
     episodes = []
-    buffer.obs[0] = state.obs
-    for t in range(len(buffer.rewards)):
-        buffer.valid[t] = torch.from_numpy(~state.ended)
-        buffer.actions[t], buffer.logprobs[t] = agent.act(buffer.obs[t])
-        actions = buffer.actions[t].cpu().numpy()  # sync point: the environments are on the CPU
+    rollout.obs[0] = rollout.obs[-1]
+    for t in range(len(rollout.rewards)):
+        rollout.valid[t] = torch.from_numpy(~rollout.ended)
+        rollout.actions[t], rollout.logprobs[t] = agent.act(rollout.obs[t])
+        actions = rollout.actions[t].cpu().numpy()  # sync point: the environments are on the CPU
         obs, rewards, terminated, truncated, _ = envs.step(np.clip(actions, low, high))
-        buffer.obs[t + 1] = normalizer.update_and_normalize(obs)
-        buffer.rewards[t] = torch.from_numpy(rewards)
-        buffer.terminated[t] = torch.from_numpy(terminated)
-        buffer.truncated[t] = torch.from_numpy(truncated)
+        rollout.obs[t + 1] = normalizer.update_and_normalize(obs)
+        rollout.rewards[t] = torch.from_numpy(rewards)
+        rollout.terminated[t] = torch.from_numpy(terminated)
+        rollout.truncated[t] = torch.from_numpy(truncated)
 
-        state.episode_return += rewards
-        state.episode_length += ~state.ended
-        state.ended = terminated | truncated
-        for i in np.flatnonzero(state.ended):
-            episodes.append((float(state.episode_return[i]), int(state.episode_length[i])))
-            state.episode_return[i] = state.episode_length[i] = 0
-    state.obs = buffer.obs[-1].clone()
+        rollout.episode_return += rewards
+        rollout.episode_length += ~rollout.ended
+        rollout.ended = terminated | truncated
+        for i in np.flatnonzero(rollout.ended):
+            episodes.append((float(rollout.episode_return[i]), int(rollout.episode_length[i])))
+            rollout.episode_return[i] = rollout.episode_length[i] = 0
     return episodes
 
 
@@ -539,14 +524,14 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def make_batch(buffer: RolloutBuffer, agent: ActorCritic, rewards: Tensor, config: Config) -> Batch:
+def make_batch(rollout: Rollout, agent: ActorCritic, rewards: Tensor, config: Config) -> Batch:
     """Values in one pass, advantages and returns of `rewards` (T, N); reset rows dropped last."""
-    values = agent.value(buffer.obs)  # (T + 1, N)
+    values = agent.value(rollout.obs)  # (T + 1, N)
     advantages, returns = compute_gae(
-        rewards, values, buffer.terminated, buffer.truncated, config.gamma, config.gae_lambda
+        rewards, values, rollout.terminated, rollout.truncated, config.gamma, config.gae_lambda
     )
-    rows = (buffer.obs[:-1], buffer.actions, buffer.logprobs, values[:-1], advantages, returns)
-    batch = Batch(*(tensor[buffer.valid] for tensor in rows))
+    rows = (rollout.obs[:-1], rollout.actions, rollout.logprobs, values[:-1], advantages, returns)
+    batch = Batch(*(tensor[rollout.valid] for tensor in rows))
     advantages = batch.advantages - batch.advantages.mean()
     return batch._replace(advantages=advantages / (advantages.std(correction=0) + 1e-8))
 
@@ -1120,8 +1105,8 @@ def train(
         log = stack.enter_context(contextlib.closing(RunLog(out / METRICS, config, counters.step)))
         stop = stack.enter_context(StopSignals())
         learner.save(LAST)
-        state = EnvState(normalizer.update_and_normalize(obs).to(learner.device))
-        buffer = RolloutBuffer(config, *learner.dims, learner.device)
+        first_obs = normalizer.update_and_normalize(obs).to(learner.device)
+        rollout = Rollout(config, first_obs, learner.dims[1])
         is_last = counters.step >= config.total_timesteps
 
         while not is_last:
@@ -1131,12 +1116,12 @@ def train(
                 learner.optimizer.param_groups[0]["lr"].fill_(scheduled_rate(config, counters.step))
 
             # collect a rollout
-            episodes = collect_rollout(envs, agent, normalizer, buffer, state)
+            episodes = collect_rollout(envs, agent, normalizer, rollout)
             collected = time.perf_counter()
 
             # compute advantages of the normalised rewards; update
-            rewards = learner.reward_normalizer(buffer.rewards, buffer.valid, state.discounted)
-            batch = make_batch(buffer, agent, rewards, config)
+            rewards = learner.reward_normalizer(rollout.rewards, rollout.valid, rollout.discounted)
+            batch = make_batch(rollout, agent, rewards, config)
             losses = update(agent, learner.optimizer, batch, config)
             check_finite(losses, counters)
             counters.step += config.batch_size

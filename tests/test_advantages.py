@@ -159,7 +159,7 @@ def test_advantages_have_mean_zero_and_std_one_over_the_valid_rows():
 
 def test_what_stands_on_reset_rows_changes_nothing_in_the_batch():
     collection, buffer, config = collected()
-    running, normalizer = collection.state.discounted, collection.learner.reward_normalizer
+    running, normalizer = collection.buffer.discounted, collection.learner.reward_normalizer
     batches = []
     for poison in (0.0, 1e30):
         poisoned, stats = copy.deepcopy(buffer), copy.deepcopy(normalizer)

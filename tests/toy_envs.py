@@ -165,16 +165,16 @@ class Collection:
         self.learner = core.Learner(config)
         self.envs, self.first_obs = core.make_vector_env(config, range(config.num_envs))
         self.normalizer = self.learner.obs_normalizer
-        self.state = core.EnvState(self.normalizer.update_and_normalize(self.first_obs))
-        self.buffer = core.RolloutBuffer(config, *self.learner.dims, self.learner.device)
+        first_obs = self.normalizer.update_and_normalize(self.first_obs)
+        self.buffer = core.Rollout(config, first_obs, self.learner.dims[1])
         self.episodes: list[tuple[float, int]] = []
 
-    def rollout(self) -> core.RolloutBuffer:
+    def rollout(self) -> core.Rollout:
         """Collect once more; a copy of the buffer, and its finished episodes in `episodes`."""
-        agent, state = self.learner.agent, self.state
-        self.episodes = core.collect_rollout(self.envs, agent, self.normalizer, self.buffer, state)
+        agent = self.learner.agent
+        self.episodes = core.collect_rollout(self.envs, agent, self.normalizer, self.buffer)
         return copy.deepcopy(self.buffer)
 
-    def rewards(self, buffer: core.RolloutBuffer) -> core.Tensor:
+    def rewards(self, buffer: core.Rollout) -> core.Tensor:
         """The rewards that training would use, by the running statistics."""
-        return self.learner.reward_normalizer(buffer.rewards, buffer.valid, self.state.discounted)
+        return self.learner.reward_normalizer(buffer.rewards, buffer.valid, self.buffer.discounted)

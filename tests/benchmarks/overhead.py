@@ -57,7 +57,6 @@ class Pair:
     def __init__(self, config: core.Config, rollouts: int) -> None:
         self.config, self.rollouts = config, rollouts
         self.learner = core.Learner(config)
-        self.buffer = core.RolloutBuffer(config, *self.learner.dims, self.learner.device)
         self.seeds = core.env_seeds(config.seed, core.TRAIN, config.num_envs)
         self.actions, self.rewards = [], []
         self.collect(record=True)
@@ -70,12 +69,13 @@ class Pair:
         envs, obs = core.make_vector_env(self.config, self.seeds)
         torch.manual_seed(0)
         normalizer = copy.deepcopy(self.learner.obs_normalizer)
-        state = core.EnvState(normalizer.update_and_normalize(obs))
-        agent, buffer, space = self.learner.agent, self.buffer, envs.single_action_space
+        first_obs = normalizer.update_and_normalize(obs)
+        buffer = core.Rollout(self.config, first_obs, self.learner.dims[1])
+        agent, space = self.learner.agent, envs.single_action_space
         clock = Clock()
         for i in range(self.rollouts):
             with clock:
-                core.collect_rollout(envs, agent, normalizer, buffer, state)
+                core.collect_rollout(envs, agent, normalizer, buffer)
             actions = np.clip(buffer.actions.numpy(), space.low, space.high)
             if record:
                 self.actions.append(actions)
