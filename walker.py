@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _, stopped_by = core.train(config, resume, overwrite)
     except KeyboardInterrupt:  # before training began, or in an evaluation
         return 130
-    except (core.UserError, core.TrainingError) as error:
+    except (core.UserError, core.TrainingError, OSError) as error:  # OSError: a full disk, say
         print(f"walker.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, core.UserError) else 1
     return 0 if stopped_by is None else 128 + stopped_by

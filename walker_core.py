@@ -732,9 +732,10 @@ class Learner:
             "reward_normalizer": self.reward_normalizer.state_dict(),
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
         }
-        began = time.perf_counter()
+        began, data = time.perf_counter(), io.BytesIO()
+        torch.save(state, data)  # by itself it makes a RuntimeError of a full disk
         with atomic_path(Path(self.config.out) / name) as temporary:
-            torch.save(state, temporary)
+            temporary.write_bytes(data.getvalue())
         self.save_s = time.perf_counter() - began
 
     def load_policy(self, state: dict[str, Any], source: str | Path) -> None:
@@ -1138,7 +1139,7 @@ def train(
             counters.wall_s, mark = counters.wall_s + ended - mark, ended
             if counters.solved_step == counters.step:
                 counters.solved_wall_s = counters.wall_s
-                log.say(f"solved: {summary(counters)}")
+                log.say(f"solved after {counters.wall_s / 60:.1f} min: confirmed on fresh episodes")
                 is_last |= config.stop_when_solved
 
             # log a row
