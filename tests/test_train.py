@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import os
@@ -828,3 +829,22 @@ def test_the_film_shows_the_best_policy_and_not_the_last(tmp_path, monkeypatch):
 def test_what_is_not_the_clocks_is_all_the_rest():
     assert set(CLOCK) < set(core.CSV_COLUMNS)
     assert ",".join(core.CSV_COLUMNS) == HEADER
+
+
+def test_a_full_disk_is_one_line_and_code_1_and_leaves_the_last_good_checkpoint(
+    monkeypatch, tmp_path, capsys
+):
+    write, room = Path.write_bytes, [2]  # writes that still fit
+
+    def write_until_full(path: Path, data: bytes) -> int:
+        room[0] -= 1
+        if room[0] < 0:
+            write(path, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_until_full)
+    assert walker.main(flags(tmp_path, checkpoint_every=2 * BATCH)) == 1
+    assert capsys.readouterr().err == "walker.py: [Errno 28] No space left on device\n"
+    assert core.load_checkpoint(tmp_path / core.LAST)["counters"]["iteration"] <= 2
+    assert not list((tmp_path / core.LAST).parent.glob(".*"))  # no half-written file is left
