@@ -652,16 +652,24 @@ def evaluate(
         running = still_running
 
 
-def play(act: Act, env: gym.Env, seeds: Sequence[int]) -> Iterator[np.ndarray | None]:
-    """Deterministic episodes, one for each seed; yields what `env.render()` gives at each step."""
+def play(
+    act: Act, env: gym.Env, seeds: Sequence[int], seconds: float = math.inf
+) -> Iterator[np.ndarray | None]:
+    """Deterministic episodes, one for each seed; yields what `env.render()` gives at each state.
+
+    Ends with the last episode, or after so many seconds of simulated time.
+    """
+    frames_left = seconds * env.metadata.get("render_fps", 30)
     for seed in seeds:
         obs, _ = env.reset(seed=seed)
         ended = False
-        while not ended:
+        while frames_left > 0:
             yield env.render()
+            frames_left -= 1
+            if ended:
+                break
             obs, _, terminated, truncated, _ = env.step(act(obs[None])[0])
             ended = terminated or truncated
-        yield env.render()
 
 
 # ==== 8. Checkpoint ===============================================================================
@@ -791,13 +799,14 @@ def load_checkpoint(path: str | Path, env: str | None = None) -> dict[str, Any]:
         with zipfile.ZipFile(data) as archive, zipfile.ZipFile(verified, "w") as copy:
             for record in archive.infolist():
                 copy.writestr(record.filename, archive.read(record))  # checks the checksum
-        state = torch.load(io.BytesIO(verified.getvalue()), "cpu", weights_only=True)
+        verified.seek(0)
+        state = torch.load(verified, "cpu", weights_only=True)
     except DAMAGE:
         raise UserError(f"{path} is no checkpoint, or a damaged one") from None
-    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+    if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path} is no checkpoint of this program")
-    if state.get("format") != CHECKPOINT_FORMAT:
-        theirs = f"its format is {state.get('format')}, this program's is {CHECKPOINT_FORMAT}"
+    if state["format"] != CHECKPOINT_FORMAT:
+        theirs = f"its format is {state['format']}, this program's is {CHECKPOINT_FORMAT}"
         raise UserError(f"{path} was written by version {state.get('version')}: {theirs}")
     if not all(isinstance(state.get(part), dict) for part in PARTS):
         raise UserError(f"{path} is no checkpoint of this program: a part of it is missing")
@@ -914,11 +923,9 @@ def record_episode(
     small = []  # every second frame, half size, for the GIF
     with contextlib.closing(env), atomic_path(mp4) as temporary:
         with imageio.get_writer(temporary, fps=fps, **h264) as video:
-            for t, frame in enumerate(play(act, env, [seed])):
+            for t, frame in enumerate(play(act, env, [seed], seconds)):
                 if frame is None:
                     raise UserError(f"--env {config.env} renders nothing")
-                if t >= seconds * fps:
-                    break
                 video.append_data(frame)
                 if t % 2 == 0:
                     small.append(Image.fromarray(frame).reduce(2))
@@ -927,12 +934,9 @@ def record_episode(
 
 def show(act: Act, config: Config, seeds: Sequence[int], seconds: float) -> None:
     """Play episodes in a window for `seconds` of simulated time, one after another."""
-    env = make_env(config, "human")
-    fps = env.metadata.get("render_fps", 30)
-    with contextlib.closing(env):
-        for t, _ in enumerate(play(act, env, seeds)):
-            if t >= seconds * fps:
-                break
+    with contextlib.closing(make_env(config, "human")) as env:
+        for _ in play(act, env, seeds, seconds):
+            pass  # the window shows each step by itself
 
 
 def _write_gif(frames: list[Any], fps: float, path: Path, limit: int = 3_000_000) -> None:

@@ -1,5 +1,14 @@
-"""Every test runs on one torch thread: with networks this small, two only fight for the cores."""
+"""What every test has: one torch thread, and a way to leave out the film and the curves."""
 
+import pytest
 import torch
 
-torch.set_num_threads(1)
+import walker_core as core
+
+torch.set_num_threads(1)  # with networks this small, two only fight for the cores
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """A film and curves cost a second a run: the smoke run of test_train.py checks them."""
+    monkeypatch.setattr(core, "export", lambda *args, **kwargs: None)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import walker_core as core
@@ -34,6 +35,13 @@ LEARNED = ("agent", "optimizer", "obs_normalizer", "reward_normalizer", "rng")  
 def tiny(out: Path | str = ".", **changes: Any) -> core.Config:
     """A run of four iterations, a tenth of a second long; without evaluations."""
     return core.Config(**{**TINY, "out": str(out), **changes})
+
+
+def train_without_pictures(config: core.Config) -> None:
+    """`core.train` for fixtures of a module, which the fixture `no_pictures` does not reach."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core, "export", lambda *args, **kwargs: None)
+        core.train(config)
 
 
 def flags(out: Path | str = ".", **changes: Any) -> list[str]:

@@ -13,26 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import LEARNED, flags, learned, same, tiny, tree
+from helpers import LEARNED, flags, learned, same, tiny, train_without_pictures, tree
 
 import walker
 import walker_core as core
 from walker_core import UserError
 
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """A film and curves cost a second a run: the smoke run of test_train.py checks them."""
-    monkeypatch.setattr(core, "export", lambda *args, **kwargs: None)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """The last checkpoint of a run, which must not be changed."""
     out = tmp_path_factory.mktemp("checkpoint")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core, "export", lambda *args, **kwargs: None)
-        core.train(tiny(out, eval_every=64, layer_norm=True))
+    train_without_pictures(tiny(out, eval_every=64, layer_norm=True))
     return out / core.LAST
 
 

@@ -14,7 +14,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from helpers import BATCH, TINY, flags, rows, tiny, tree, warned
+from helpers import BATCH, TINY, flags, rows, tiny, train_without_pictures, tree, warned
 
 import walker
 import walker_core as core
@@ -77,19 +77,14 @@ def words(name: str) -> list[str]:
     return [f"--{flag}", *typed.split()]
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """A film and curves cost a second a run: the smoke run of test_train.py checks them."""
-    monkeypatch.setattr(core, "export", lambda *args, **kwargs: None)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A folder with a finished run in `run`, and files that are no checkpoints."""
     folder = tmp_path_factory.mktemp("cli")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core, "export", lambda *args, **kwargs: None)
-        core.train(tiny(folder / "run", eval_every=2 * BATCH))
+    train_without_pictures(tiny(folder / "run", eval_every=2 * BATCH))
     whole = (folder / "run" / core.LAST).read_bytes()
     (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.pt").write_bytes(b"")

@@ -50,10 +50,7 @@ HEADER = (
 WALKER = {"env": "BipedalWalker-v3", "env_kwargs": ("max_episode_steps=10",)}  # solved at 300
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """A film and curves cost a second a run: the tests of `export` put it back."""
-    monkeypatch.setattr(core, "export", lambda *args, **kwargs: None)
+pytestmark = pytest.mark.usefixtures("no_pictures")  # the tests of `export` put it back
 
 
 class Judge:
