@@ -432,7 +432,7 @@ def _save(figure, axes, title, png_path):
     if path.suffix != ".png":
         raise InputError(f"{path}: the picture is a PNG, so its name must end in .png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.png")
+    part = path.with_name(f".{path.stem}.tmp.png")
     try:
         figure.savefig(part)
         os.replace(part, path)

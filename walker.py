@@ -6,37 +6,28 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NamedTuple
 
 import tyro
 
 import walker_core as core
 
-TRAIN_HELP = """Train PPO, then film the best policy and plot the curves.
 
-Besides the settings below: --resume [CHECKPOINT] goes on with a run (without a name: the last.pt of
---out), --config FILE takes a config.json's settings, --overwrite removes the run that --out holds.
-`walker.py evaluate --help` tells how to test a checkpoint."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise core.UserError(message)
-
-
-def parse(cls: Any, argv: Sequence[str], default: Any = None, **kwargs: Any) -> Any:
+def parse(cls: Any, argv: Sequence[str], **kwargs: Any) -> Any:
     """tyro, with its box of an error made one line."""
-    if "-h" in argv or "--help" in argv:
-        return tyro.cli(cls, args=argv, default=default, prog="walker.py", **kwargs)
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return tyro.cli(cls, args=argv, default=default, prog="walker.py", **kwargs)
-    except SystemExit:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(cls, args=argv, prog="walker.py", **kwargs)
+    except SystemExit as end:
+        if end.code == 0:  # --help
+            raise
         text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│|+]", " ", said.getvalue())
         _title, message, *hints = [" ".join(part.split()) for part in re.split("[-─]{4,}", text)]
         message = message.removeprefix(f"Error parsing {cls.__name__}: ")
@@ -44,13 +35,52 @@ def parse(cls: Any, argv: Sequence[str], default: Any = None, **kwargs: Any) -> 
         raise core.UserError(f"{message} (perhaps {meant[1]}?)" if meant else message) from None
 
 
-def parse_training(argv: Sequence[str]) -> tuple[core.Config, Path | None, bool]:
-    """The config, the checkpoint to resume, and --overwrite.
+class Evaluation(NamedTuple):
+    """Test a checkpoint: deterministic, statistics frozen, raw returns."""
 
-    Precedence, lowest first: defaults, the environment's preset, --config, the resumed
-    checkpoint's config, flags actually typed.
+    checkpoint: tyro.conf.Positional[str]  # a .pt file of a run
+    env: str | None = None  # Gymnasium id, if not the checkpoint's own
+    episodes: int = 100  # how many are started, and all count
+    seed: int = 0  # episode k is reset with its own seed derived from this and k
+    record: bool = False  # film one episode: videos/NAME.mp4 and .gif, NAME being the checkpoint's
+    render: bool = False  # show episodes in a window before the test
+    seconds: float | None = None  # at most so long a film or show; default: one episode, or 30 s
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where present, else cpu
+    out: str = "."  # folder in which videos/ is made
+
+
+def evaluate(test: Evaluation) -> None:
+    """Film or show the policy, where asked, then test it on fresh episodes."""
+    for flag, value in (("episodes", test.episodes), ("seconds", test.seconds)):
+        if value is not None and not 0 < value < math.inf:
+            raise core.UserError(f"--{flag} is {value}: it must be above 0, and finite")
+    learner = core.load_learner(test.checkpoint, test.env, test.seed, test.device, test.out)
+    policy, seeds = (
+        (learner.act, learner.config),
+        core.env_seeds(test.seed, core.TEST, test.episodes),
+    )
+    if test.record:
+        mp4 = Path(test.out, "videos", f"{Path(test.checkpoint).stem}.mp4")
+        core.make_folders(mp4.parent)
+        core.record_episode(*policy, seeds[0], mp4, test.seconds or math.inf)
+        print(f"video: {mp4}, and a GIF beside it")
+    if test.render:
+        core.show(*policy, seeds, test.seconds or 30.0)
+    returns, lengths = core.evaluate(*policy, seeds)
+    over = f"{returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
+    print(f"return {over} (min {returns.min():.1f}, max {returns.max():.1f}), ", end="")
+    print(f"length {lengths.mean():.0f}")
+
+
+def parse_training(argv: Sequence[str]) -> tuple[core.Config, Path | None, bool]:
+    """Train PPO, then film the best policy and plot the curves.
+
+    Besides the settings below: --resume [CHECKPOINT] goes on with a run (without a name: the
+    last.pt of --out), --config FILE takes a config.json's settings, --overwrite removes the run
+    that --out holds. `walker.py evaluate --help` tells how to test a checkpoint. Precedence, lowest
+    first: defaults, the environment's preset, --config, the resumed checkpoint's, flags typed.
     """
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--env", "--out", "--config"):
         parser.add_argument(flag)
     parser.add_argument("--resume", nargs="?", const="")
@@ -61,25 +91,22 @@ def parse_training(argv: Sequence[str]) -> tuple[core.Config, Path | None, bool]
 
     base, resume = {}, None
     if typed.config is not None:
-        text = core.read_file(typed.config)
-        try:
-            base = json.loads(text)
-        except ValueError:
-            base = None
-        if not isinstance(base, dict):
+        with contextlib.suppress(ValueError, RecursionError):
+            base = json.loads(Path(typed.config).read_bytes())
+        if not isinstance(base, dict) or not base:
             raise core.UserError(f"{typed.config} is no JSON object")
     if typed.resume is not None:
         resume = Path(typed.resume or Path(typed.out or ".", core.LAST))
         base = core.load_checkpoint(resume, typed.env)["config"]
         if typed.out is None and resume.parent.name == "checkpoints_walker":
             typed.out = str(resume.parent.parent)
-    for flag in ("env", "out"):
-        if getattr(typed, flag) is not None:
-            rest += [f"--{flag}", getattr(typed, flag)]
+    again = [(flag, getattr(typed, flag)) for flag in ("env", "out")]
+    rest += [word for flag, value in again if value is not None for word in (f"--{flag}", value)]
     if typed.env is not None and resume is None:
         base["env"] = typed.env  # its preset is below --config, and below what is typed
     default = core.config_from_dict(base, str(resume or typed.config))
-    return parse(core.Config, rest, default, description=TRAIN_HELP), resume, typed.overwrite
+    config = parse(core.Config, rest, default=default, description=parse_training.__doc__)
+    return config, resume, typed.overwrite
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,15 +114,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         if argv[:1] == ["evaluate"]:
-            print(core.run_evaluation(parse(core.Evaluation, argv[1:])))
+            evaluate(parse(Evaluation, argv[1:]))
             return 0
-        config, resume, overwrite = parse_training(argv)
-        _, stopped_by = core.train(config, resume, overwrite)
+        _, stopped_by = core.train(*parse_training(argv))
     except KeyboardInterrupt:  # before training began, or in an evaluation
         return 130
-    except (core.UserError, core.TrainingError, OSError) as error:  # OSError: a full disk, say
-        print(f"walker.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, core.UserError) else 1
+    except (core.UserError, core.TrainingError, argparse.ArgumentError, OSError) as error:
+        said = "".join(c if c.isprintable() else " " for c in str(error))
+        print(f"walker.py: {textwrap.shorten(said, 380)}", file=sys.stderr)
+        return 1 if isinstance(error, core.TrainingError) else 2
     return 0 if stopped_by is None else 128 + stopped_by
 
 

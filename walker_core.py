@@ -13,27 +13,22 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import csv
 import dataclasses
-import functools
 import io
-import itertools
 import json
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-import types
 import typing
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +37,13 @@ from typing import Any, Literal, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
+import torch.distributed as dist
+import typeguard
+from filelock import FileLock, Timeout
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 __version__ = "0.1.0"
 CHECKPOINT_FORMAT = 1  # raised when a checkpoint's contents change their meaning
@@ -59,12 +57,46 @@ class TrainingError(RuntimeError):
     """Training cannot go on, though it was asked for correctly: shown as one line, exit code 1."""
 
 
+class EnvironmentFailure(TrainingError):
+    """An environment raised, hung, or gave numbers that are not finite."""
+
+
+# ==== 0. Processes ================================================================================
+
+
+def process() -> tuple[int, int]:
+    """This process's rank, and how many there are; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of all processes' `values`, in place. TrainingError where a process is gone."""
+    if dist.is_initialized():
+        try:
+            dist.all_reduce(values)
+        except RuntimeError as error:
+            raise TrainingError("another process is gone: go on with --resume") from error
+    return values
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of all processes' rows, (B,) -> (); B may differ between them."""
+    total, count = sum_over_processes(torch.stack([values.sum(), values.new_tensor(len(values))]))
+    return total / count
+
+
+def any_process(flag: bool) -> bool:
+    return bool(sum_over_processes(torch.tensor(float(flag))))
+
+
 # ==== 1. Config ===================================================================================
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
-Backend = Literal["sync", "async", "envpool"]
-Schedule = Literal["constant", "linear", "cosine", "adaptive"]
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
+
+
+def within(bounds: str, default: Any) -> Any:
+    """A setting whose numbers lie in an interval: [0, 1) is 0 ≤ x < 1."""
+    return dataclasses.field(default=default, metadata={"bounds": bounds})
 
 
 @dataclass(frozen=True)
@@ -76,52 +108,54 @@ class Config:
 
     env: str = "BipedalWalker-v3"  # Gymnasium id; `module:EnvId` imports the module first
     env_kwargs: tuple[str, ...] = ()  # arguments of the environment, each as KEY=VALUE
-    total_timesteps: int = 1_000_000  # environment steps of the whole run
-    seed: int = 1  # of networks, sampling and every environment
-    device: Device = "auto"  # auto: cuda where present, else cpu
+    total_timesteps: int = within("[1, inf)", 1_000_000)  # environment steps of the whole run
+    seed: int = within("[0, 4294967295]", 1)  # of networks, sampling and every environment
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where present, else cpu
     out: str = "."  # folder in which checkpoints_walker/, videos/ and plots/ are made
     init_from: str | None = None  # start from this checkpoint's weights and observation statistics
 
-    vector_env: Backend = "sync"  # how the environments are stepped
-    num_envs: int = 8  # environments stepped together (N)
-    rollout_steps: int = 256  # steps of each environment between two updates (T)
+    vector_env: Literal["sync", "async", "envpool"] = "sync"  # how the environments are stepped
+    num_envs: int = within("[1, 100000]", 8)  # environments stepped together (N)
+    rollout_steps: int = within("[2, 1000000]", 256)  # steps of each between two updates (T)
+    step_timeout: float = within("(0, inf)", 60.0)  # seconds until an async environment has hung
     norm_obs: bool = True  # normalise observations by their running mean and variance
     norm_reward: bool = True  # divide rewards by the running std of the discounted return
-    clip_obs: float = 10.0  # clip normalised observations to ± this
-    clip_reward: tuple[float, float] = (-10.0, 10.0)  # clip normalised rewards to LOW HIGH
+    clip_obs: float = within("(0, inf)", 10.0)  # clip normalised observations to ± this
+    clip_reward: tuple[float, float] = within("(-inf, inf)", (-10.0, 10.0))  # normalised: LOW HIGH
 
-    actor_hidden: tuple[int, ...] = (64, 64)  # hidden layer sizes of the policy
-    critic_hidden: tuple[int, ...] = (64, 64)  # hidden layer sizes of the value function
+    actor_hidden: tuple[int, ...] = within("[1, 4096]", (64, 64))  # layer sizes of the policy
+    critic_hidden: tuple[int, ...] = within("[1, 4096]", (64, 64))  # and of the value function
     activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"  # of the hidden layers
     layer_norm: bool = False  # LayerNorm before each activation
-    init_std: float = 1.0  # initial standard deviation of the actions
+    init_std: float = within("[0.001, 10]", 1.0)  # initial standard deviation of the actions
 
-    learning_rate: float = 3e-4  # of Adam; where the schedule starts
-    lr_schedule: Schedule = "linear"  # adaptive: by KL
-    desired_kl: float = 0.01  # KL per update that the adaptive schedule steers to
-    gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # λ of generalised advantage estimation
-    clip_eps: float = 0.2  # the probability ratio is clipped to 1 ± this
-    entropy_coef: float = 0.0  # weight of the entropy bonus
-    value_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 0.5  # the gradient's norm is clipped to this
-    update_epochs: int = 5  # passes over each rollout
-    minibatch_size: int = 256  # rows of one gradient step (B)
-    target_kl: float | None = None  # end an update after an epoch whose KL exceeds 1.5 × this
+    learning_rate: float = within("(0, inf)", 3e-4)  # of Adam; where the schedule starts
+    lr_schedule: Literal["constant", "linear", "cosine", "adaptive"] = "linear"  # adaptive: by KL
+    desired_kl: float = within("(0, inf)", 0.01)  # per update, that the adaptive schedule steers to
+    gamma: float = within("[0, 1]", 0.99)  # discount factor
+    gae_lambda: float = within("[0, 1]", 0.95)  # λ of generalised advantage estimation
+    clip_eps: float = within("(0, inf)", 0.2)  # the probability ratio is clipped to 1 ± this
+    entropy_coef: float = within("[0, inf)", 0.0)  # weight of the entropy bonus
+    value_coef: float = within("[0, inf)", 0.5)  # weight of the value loss
+    max_grad_norm: float = within("(0, inf)", 0.5)  # the gradient's norm is clipped to this
+    update_epochs: int = within("[1, inf)", 5)  # passes over each rollout
+    minibatch_size: int = within("[2, inf)", 256)  # rows of one gradient step (B)
+    target_kl: float | None = within("(0, inf)", None)  # end an update whose KL exceeds 1.5 × this
 
-    eval_every: int = 100_000  # steps between evaluations; 0: never
-    eval_episodes: int = 10  # episodes of each periodic evaluation
-    checkpoint_every: int = 0  # steps between kept step_N.pt files; 0: none are kept
+    eval_every: int = within("[0, inf)", 100_000)  # steps between evaluations; 0: never
+    eval_episodes: int = within("[1, inf)", 10)  # episodes of each periodic evaluation
+    checkpoint_every: int = within("[0, inf)", 0)  # steps between kept step_N.pt; 0: none are kept
     stop_when_solved: bool = False  # end the run once 100 fresh episodes confirm the threshold
 
     def __post_init__(self) -> None:
-        for names, is_right, right in RULES:
-            for name in names.split():
-                try:
-                    ok = is_right(getattr(self, name))
-                except (TypeError, AttributeError):  # a value of another type
-                    ok = False
-                self._check(name, ok, right)
+        kinds = typing.get_type_hints(Config)
+        for field in dataclasses.fields(self):
+            kind, bounds = kinds[field.name], field.metadata.get("bounds")
+            right = f"{field.type} in {bounds}" if bounds else field.type
+            ok = _is_right(getattr(self, field.name), kind, bounds)
+            self._check(field.name, ok, right)
+        self._check("env_kwargs", all("=" in pair for pair in self.env_kwargs), "KEY=VALUE, each")
+        self._check("clip_reward", self.clip_reward[0] < self.clip_reward[1], "LOW < HIGH")
         most = f"at most the batch, num_envs × rollout_steps = {self.batch_size}"
         self._check("minibatch_size", self.minibatch_size <= self.batch_size, most)
 
@@ -137,80 +171,52 @@ class Config:
 
     @property
     def batch_size(self) -> int:
-        """Steps of one iteration, T × N."""
+        """Steps of one iteration of one process, T × N."""
         return self.num_envs * self.rollout_steps
 
     @property
     def num_iterations(self) -> int:
-        return math.ceil(self.total_timesteps / self.batch_size)
+        return math.ceil(self.total_timesteps / (self.batch_size * process()[1]))
 
     @property
     def num_minibatches(self) -> int:
-        return self.batch_size // self.minibatch_size
+        """At most as many as there are transitions where every second row is a reset row."""
+        return min(
+            self.batch_size // self.minibatch_size, self.num_envs * (self.rollout_steps // 2)
+        )
 
     @property
     def env_options(self) -> dict[str, Any]:
         """`env_kwargs` as keyword arguments: Python literals where they parse, else strings."""
-        options = {}
-        for option in self.env_kwargs:
-            key, _, value = option.partition("=")
-            try:
+        options = dict(pair.split("=", 1) for pair in self.env_kwargs)
+        for key, value in options.items():
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
                 options[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                options[key] = value
         return options
 
 
-RULES = [  # every field once: names, whether a value is right, and what would be
-    ("env out", lambda v: v.strip() != "", "a name, not empty"),
-    ("env_kwargs", lambda v: all("=" in option for option in v), "KEY=VALUE, each"),
-    ("init_from", lambda v: v is None or v.strip() != "", "a checkpoint file"),
-    ("num_envs total_timesteps", lambda v: _whole(v, 1), "a whole number, at least 1"),
-    ("update_epochs eval_episodes", lambda v: _whole(v, 1), "a whole number, at least 1"),
-    ("rollout_steps minibatch_size", lambda v: _whole(v, 2), "a whole number, at least 2"),
-    ("eval_every checkpoint_every", lambda v: _whole(v, 0), "a whole number; 0: never"),
-    ("seed", lambda v: _whole(v, 0) and v < 2**32, "a whole number from 0 to 4294967295"),
-    ("actor_hidden critic_hidden", lambda v: all(_whole(n, 1) for n in v) and v, "sizes, each ≥ 1"),
-    ("gamma gae_lambda", lambda v: _real(v) and 0 <= v <= 1, "from 0 to 1"),
-    ("entropy_coef value_coef", lambda v: _real(v) and v >= 0, "a finite number, 0 or more"),
-    ("init_std", lambda v: _real(v) and 1e-3 <= v <= 10, "from 0.001 to 10"),
-    ("clip_obs learning_rate", lambda v: _real(v) and v > 0, "a finite number above 0"),
-    ("desired_kl clip_eps max_grad_norm", lambda v: _real(v) and v > 0, "a finite number above 0"),
-    ("target_kl", lambda v: v is None or (_real(v) and v > 0), "a finite number above 0, or None"),
-    (
-        "clip_reward",
-        lambda v: [*map(_real, v)] == [True, True] and v[0] < v[1],
-        "finite LOW HIGH, LOW < HIGH",
-    ),
-    ("norm_obs norm_reward", lambda v: type(v) is bool, "true or false"),
-    ("layer_norm stop_when_solved", lambda v: type(v) is bool, "true or false"),
-    ("device", lambda v: v in typing.get_args(Device), f"of {typing.get_args(Device)}"),
-    ("vector_env", lambda v: v in typing.get_args(Backend), f"of {typing.get_args(Backend)}"),
-    ("lr_schedule", lambda v: v in typing.get_args(Schedule), f"of {typing.get_args(Schedule)}"),
-    ("activation", lambda v: v in ACTIVATIONS, f"of {tuple(ACTIVATIONS)}"),
-]
-
 # Only what differs from the defaults above; tests/benchmarks/TUNING.md has what was tried.
 PRESETS: dict[str, dict[str, Any]] = {
-    "BipedalWalker-v3": {
-        "total_timesteps": 3_000_000,
-        "num_envs": 64,
-        "learning_rate": 1.5e-3,
-        "gamma": 0.995,
-        "init_std": 0.7,
-        "update_epochs": 10,
-        "minibatch_size": 2048,
-    }
+    "BipedalWalker-v3": {"total_timesteps": 3_000_000, "num_envs": 64, "minibatch_size": 2048}
+    | {"learning_rate": 1.5e-3, "gamma": 0.995, "init_std": 0.7, "update_epochs": 10}
 }
 PRESETS["BipedalWalkerHardcore-v3"] = PRESETS["BipedalWalker-v3"] | {"total_timesteps": 20_000_000}
 
 
-def _whole(value: Any, least: int) -> bool:
-    return type(value) is int and value >= least
-
-
-def _real(value: Any) -> bool:
-    return type(value) is int or (isinstance(value, float) and math.isfinite(value))
+def _is_right(value: Any, kind: Any, bounds: str | None) -> bool:
+    """Whether a value is of a setting's type; its names not empty, its numbers within bounds."""
+    try:
+        every = typeguard.CollectionCheckStrategy.ALL_ITEMS
+        typeguard.check_type(value, kind, collection_check_strategy=every)
+    except typeguard.TypeCheckError:
+        return False
+    items = [x for x in (value if isinstance(value, tuple) else (value,)) if x is not None]
+    if bounds is None:
+        return all(not isinstance(x, str) or x.strip() != "" for x in items)
+    low, high = map(float, bounds[1:-1].split(","))
+    edges = [edge for edge, mark in ((low, bounds[0]), (high, bounds[-1])) if mark in "[]"]
+    in_bounds = (type(x) is not bool and (low < x < high or x in edges) for x in items)
+    return (value is None or len(items) > 0) and all(in_bounds)
 
 
 def plain_settings(config: Config) -> dict[str, Any]:
@@ -220,27 +226,17 @@ def plain_settings(config: Config) -> dict[str, Any]:
 
 def config_from_dict(settings: dict[str, Any], source: str | Path) -> Config:
     """Config from plain values as JSON or a checkpoint holds them. UserError names `source`."""
-    unknown = set(settings) - {field.name for field in dataclasses.fields(Config)} - {"_about"}
-    if unknown:
-        raise UserError(f"{source}: unknown setting {min(unknown)!r}")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     values.pop("_about", None)
     try:
         return Config.for_env(values.pop("env", Config.env), **values)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-
-
-def read_file(path: str | Path) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (UserError, TypeError) as error:  # TypeError: a name that is no setting
+        raise UserError(f"{source}: {str(error).removeprefix('Config.__init__() ')}") from None
 
 
 # ==== 2. Environments =============================================================================
 
-TRAIN, EVALUATE, CONFIRM, VIDEO, TEST = range(5)  # streams of environment seeds
+TRAIN, EVALUATE, CONFIRM, VIDEO, TEST, LEARN = range(6)  # streams of seeds
 
 
 def env_seeds(seed: int, stream: int, count: int, rank: int = 0, step: int = 0) -> list[int]:
@@ -252,15 +248,54 @@ def env_seeds(seed: int, stream: int, count: int, rank: int = 0, step: int = 0) 
     return [int(word) >> 1 for word in entropy.generate_state(count)]  # 31 bits: EnvPool's limit
 
 
-def make_env(config: Config, render_mode: str | None = None) -> gym.Env:
+def seed_everything(seed: int, rank: int, step: int) -> None:
+    """Python's, NumPy's and torch's generators, as a function of the run's seed, rank and step.
+
+    Done before every iteration, so that a resumed run draws what it would have drawn.
+    """
+    word = env_seeds(seed, LEARN, 1, rank, step)[0]
+    random.seed(word)
+    np.random.seed(word)
+    torch.manual_seed(word)
+
+
+class Reporting(gym.Wrapper):
+    """Says which environment it is that raises, or whose numbers are not finite."""
+
+    def __init__(self, env: gym.Env, name: str) -> None:
+        super().__init__(env)
+        self.name, self.seed, self.steps = name, None, 0
+
+    def reset(self, *, seed: int | None = None, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            self.seed, self.steps = seed, 0
+        return self._run(self.env.reset, seed=seed, **kwargs)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        return self._run(self.env.step, action)
+
+    def _run(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        try:
+            result = function(*args, **kwargs)  # (obs, info), or (obs, reward, ...)
+            reward = result[1] if len(result) > 2 else 0.0
+            if not (math.isfinite(reward) and np.isfinite(result[0]).all()):
+                raise ValueError("an observation or reward is not finite")
+            return result
+        except Exception as error:  # whatever a stranger's code raises
+            where = f"{self.name}, {self.steps} steps after a reset with seed {self.seed}"
+            raise EnvironmentFailure(f"{where}: {error!r}") from error
+
+
+def make_env(config: Config, render_mode: str | None = None, name: str = "environment") -> gym.Env:
     """One environment of the run. UserError where Gymnasium cannot make it or PPO cannot use it."""
     options = config.env_options | ({"render_mode": render_mode} if render_mode else {})
     try:
         with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, in one line
             env = gym.make(config.env, disable_env_checker=True, **options)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--env {config.env} cannot be made: {reason}") from error
+        why = " ".join(str(error).split())
+        raise UserError(f"--env {config.env} cannot be made: {why}") from error
     if render_mode and render_mode not in env.metadata.get("render_modes", ()):
         raise UserError(f"--env {config.env} cannot render")
     obs, action = env.observation_space, env.action_space
@@ -268,14 +303,20 @@ def make_env(config: Config, render_mode: str | None = None) -> gym.Env:
         is_vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
         if not is_vector or not np.issubdtype(space.dtype, np.floating):
             raise UserError(f"--env {config.env}: its {what} space must be a float vector (Box)")
-    return env
+    return Reporting(env, name)
 
 
-def _worker_env(config: Config) -> gym.Env:
-    """An environment in an AsyncVectorEnv: a Ctrl-C is for the main process, not its workers."""
-    if multiprocessing.parent_process() is not None:
+def _worker_env(config: Config, index: int) -> gym.Env:
+    """An environment of a vector; in a process of its own, it ends with the main one, not before.
+
+    Signals are for the main process, which ends the others; a killed one must leave no orphans.
+    """
+    if (main := multiprocessing.parent_process()) is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return make_env(config)
+        if hasattr(os, "setpgid"):  # not on Windows
+            os.setpgid(0, 0)
+        threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
+    return make_env(config, name=f"environment {index}")
 
 
 def make_vector_env(config: Config, seeds: Sequence[int]) -> tuple[VectorEnv, np.ndarray]:
@@ -286,10 +327,37 @@ def make_vector_env(config: Config, seeds: Sequence[int]) -> tuple[VectorEnv, np
     if config.vector_env == "envpool":
         envs = _make_envpool(config, seeds)
         return envs, envs.reset()[0]  # its seeds were given when it was made
-    make = [functools.partial(_worker_env, config)] * config.num_envs
+    make = [lambda i=i: _worker_env(config, i) for i in range(config.num_envs)]
     vector = SyncVectorEnv if config.vector_env == "sync" else AsyncVectorEnv
     envs = vector(make, autoreset_mode=AutoresetMode.NEXT_STEP)
-    return envs, envs.reset(seed=seeds)[0]
+    envs.seeds = seeds  # for reports
+    if config.vector_env == "async":  # by themselves they would wait for ever
+        envs.reset_wait = lambda limit=config.step_timeout, wait=envs.reset_wait: wait(limit)
+        envs.step_wait = lambda limit=config.step_timeout, wait=envs.step_wait: wait(limit)
+    return envs, ask(envs, envs.reset, seed=seeds)[0]
+
+
+def ask(envs: VectorEnv, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """What the environments answer. EnvironmentFailure says whose process hangs or has died."""
+    try:
+        return function(*args, **kwargs)
+    except (multiprocessing.TimeoutError, EOFError, ConnectionError):
+        time.sleep(0.1)  # let one that is dying end
+        dead = [not process.is_alive() for process in envs.processes]
+        late = [not pipe.poll() for pipe in envs.parent_pipes]
+        index, what = np.argmax(dead if any(dead) else late), "has died" if any(dead) else "hangs"
+        close_envs(envs)
+        where = f"environment {index}, first reset with seed {envs.seeds[index]}"
+        raise EnvironmentFailure(f"{where}: its process {what}") from None
+
+
+def close_envs(envs: VectorEnv) -> None:
+    """Ends worker processes the hard way: one that hangs or has died answers no polite close."""
+    for process in getattr(envs, "processes", ()):
+        process.kill()
+        process.join()
+        envs.closed = True
+    envs.close()
 
 
 def _make_envpool(config: Config, seeds: Sequence[int]) -> VectorEnv:
@@ -314,16 +382,26 @@ class RunningMeanStd(nn.Module):
 
     def update(self, batch: Tensor) -> None:
         """Merge the rows of `batch` (B, *shape)."""
-        rows = len(batch)
-        if rows == 0:
-            return
-        batch = batch.to(torch.float64)
+        rows, batch = len(batch), batch.to(torch.float64)
         total = self.count + rows
         delta = batch.mean(0) - self.mean
         squares = self.var * self.count + batch.var(0, correction=0) * rows
         self.var.copy_((squares + delta**2 * self.count * rows / total) / total)
         self.mean += delta * rows / total
         self.count.copy_(total)
+
+    def sums(self) -> Tensor:
+        """Count, sum and sum of squares of all that was seen, (3, *shape)."""
+        ones = torch.ones_like(self.mean)
+        return self.count * torch.stack([ones, self.mean, self.var + self.mean**2])
+
+    def merge_processes(self, before: Tensor) -> None:
+        """What every process has seen since `before`, the sums when all of them were the same."""
+        if dist.is_initialized():
+            count, total, squares = before + sum_over_processes(self.sums() - before)
+            self.count.copy_(count.max())
+            self.mean.copy_(total / count)
+            self.var.copy_(squares / count - self.mean**2)
 
 
 class ObservationNormalizer(RunningMeanStd):
@@ -333,18 +411,15 @@ class ObservationNormalizer(RunningMeanStd):
         super().__init__(shape)
         self.enabled, self.clip = config.norm_obs, config.clip_obs
 
-    def normalize(self, obs: np.ndarray) -> Tensor:
-        """(B, *shape) raw to (B, *shape) float32, by the statistics as they stand."""
+    def normalize(self, obs: np.ndarray, update: bool = False) -> Tensor:
+        """(B, *shape) raw to float32, by the statistics as they stand, or with these rows in."""
         obs = torch.as_tensor(obs)
         if not self.enabled:
             return obs.float()
+        if update:
+            self.update(obs)
         scaled = (obs - self.mean) / torch.sqrt(self.var + 1e-8)
         return scaled.clamp_(-self.clip, self.clip).float()
-
-    def update_and_normalize(self, obs: np.ndarray) -> Tensor:
-        if self.enabled:
-            self.update(torch.as_tensor(obs))
-        return self.normalize(obs)
 
 
 class RewardNormalizer(RunningMeanStd):
@@ -369,7 +444,9 @@ class RewardNormalizer(RunningMeanStd):
         for t in range(len(rewards)):
             running.mul_(self.gamma).add_(rewards[t]).mul_(valid[t])
             discounted[t] = running
+        before = self.sums()
         self.update(discounted[valid])
+        self.merge_processes(before)
         scale = torch.sqrt(self.var + 1e-8).to(rewards.dtype)
         return (rewards / scale).clamp_(*self.clip).to(device)
 
@@ -383,15 +460,14 @@ def mlp(sizes: Sequence[int], config: Config, out_gain: float) -> nn.Sequential:
     Gains √2 inside and `out_gain` last: Andrychowicz et al. 2021, "What Matters In On-Policy RL".
     """
     layers: list[nn.Module] = []
-    for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+    for i, outputs in enumerate(sizes[1:]):
         last = i == len(sizes) - 2
-        linear = nn.Linear(inputs, outputs)
+        layers.append(linear := nn.Linear(sizes[i], outputs))
         nn.init.orthogonal_(linear.weight, out_gain if last else math.sqrt(2))
         nn.init.zeros_(linear.bias)
-        layers.append(linear)
         if not last:
-            layers += [nn.LayerNorm(outputs)] if config.layer_norm else []
-            layers.append(ACTIVATIONS[config.activation]())
+            norm = [nn.LayerNorm(outputs)] * config.layer_norm
+            layers += [*norm, ACTIVATIONS[config.activation]()]
     return nn.Sequential(*layers)
 
 
@@ -442,13 +518,13 @@ class ActorCritic(nn.Module):
 class Rollout:
     """T steps of N environments, preallocated on the device, and what goes over to the next T."""
 
-    def __init__(self, config: Config, first_obs: Tensor, action_dim: int) -> None:
+    def __init__(self, config: Config, obs: Tensor, action_dim: int) -> None:
         T, N = config.rollout_steps, config.num_envs
-        self.obs = first_obs.new_zeros(T + 1, *first_obs.shape)  # row t + 1 is what step t returned
-        self.obs[-1] = first_obs  # (N, O) normalised
-        self.actions = first_obs.new_zeros(T, N, action_dim)  # unclipped
-        self.logprobs = first_obs.new_zeros(T, N)
-        self.rewards = first_obs.new_zeros(T, N)  # raw
+        self.obs = obs.new_zeros(T + 1, *obs.shape)  # row t + 1 is what step t returned
+        self.obs[-1] = obs  # (N, O) the first ones, normalised
+        self.actions = obs.new_zeros(T, N, action_dim)  # unclipped
+        self.logprobs = obs.new_zeros(T, N)
+        self.rewards = obs.new_zeros(T, N)  # raw
         self.terminated = torch.zeros_like(self.rewards, dtype=torch.bool)
         self.truncated = torch.zeros_like(self.terminated)
         self.valid = torch.zeros_like(self.terminated)  # False on reset rows
@@ -465,14 +541,15 @@ def collect_rollout(
 ) -> list[tuple[float, int]]:
     """Fill `rollout` with its next T steps; raw (return, length) of the episodes that ended."""
     low, high = envs.single_action_space.low, envs.single_action_space.high
-    episodes = []
+    episodes, before = [], normalizer.sums()
     rollout.obs[0] = rollout.obs[-1]
     for t in range(len(rollout.rewards)):
         rollout.valid[t] = torch.from_numpy(~rollout.ended)
         rollout.actions[t], rollout.logprobs[t] = agent.act(rollout.obs[t])
         actions = rollout.actions[t].cpu().numpy()  # sync point: the environments are on the CPU
-        obs, rewards, terminated, truncated, _ = envs.step(np.clip(actions, low, high))
-        rollout.obs[t + 1] = normalizer.update_and_normalize(obs)
+        clipped = np.clip(actions, low, high)
+        obs, rewards, terminated, truncated, _ = ask(envs, envs.step, clipped)
+        rollout.obs[t + 1] = normalizer.normalize(obs, update=True)
         rollout.rewards[t] = torch.from_numpy(rewards)
         rollout.terminated[t] = torch.from_numpy(terminated)
         rollout.truncated[t] = torch.from_numpy(truncated)
@@ -483,26 +560,20 @@ def collect_rollout(
         for i in np.flatnonzero(rollout.ended):
             episodes.append((float(rollout.episode_return[i]), int(rollout.episode_length[i])))
             rollout.episode_return[i] = rollout.episode_length[i] = 0
+    normalizer.merge_processes(before)
     return episodes
 
 
 # ==== 5. Advantages ===============================================================================
 
 
-def compute_gae(
-    rewards: Tensor,
-    values: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> tuple[Tensor, Tensor]:
+def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, equation 16) under two endings.
 
-    rewards, terminated, truncated: (T, N); values: (T + 1, N), where values[t + 1] is the value of
-    the observation that step t returned: the true last one where an episode ended. Termination
-    stops the bootstrap; either ending stops the λ-trace. Returns advantages and returns, (T, N);
-    on reset rows they are unspecified.
+    Tensors rewards, terminated, truncated: (T, N); values: (T + 1, N), where values[t + 1] is the
+    value of the observation that step t returned: the true last one where an episode ended.
+    Termination stops the bootstrap; either ending stops the λ-trace. Returns advantages and
+    returns, (T, N); on reset rows they are unspecified.
     """
     alive = (~terminated).to(values.dtype)
     traced = (~(terminated | truncated)).to(values.dtype)
@@ -535,12 +606,14 @@ def make_batch(rollout: Rollout, agent: ActorCritic, rewards: Tensor, config: Co
     )
     rows = (rollout.obs[:-1], rollout.actions, rollout.logprobs, values[:-1], advantages, returns)
     batch = Batch(*(tensor[rollout.valid] for tensor in rows))
-    advantages = batch.advantages - batch.advantages.mean()
-    return batch._replace(advantages=advantages / (advantages.std(correction=0) + 1e-8))
+    advantages = batch.advantages - mean_over_processes(batch.advantages)
+    std = mean_over_processes(advantages.square()).sqrt()
+    return batch._replace(advantages=advantages / (std + 1e-8))
 
 
 # ==== 6. Update ===================================================================================
 
+Metrics = dict[str, float]  # names of CSV columns to values
 LOSS_METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
 
 
@@ -575,24 +648,36 @@ def adapt_learning_rate(rate: Tensor, kl: Tensor, desired_kl: float) -> None:
     rate.mul_(1.5 ** (faster - slower)).clamp_(1e-5, 1e-2)
 
 
-def update(
-    agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: Batch, config: Config
-) -> dict[str, float]:
+def average_gradients(agent: ActorCritic, metrics: Tensor, rows: int) -> Tensor:
+    """Gradients and `metrics` as means over the rows of all processes, in one flat all-reduce."""
+    if not dist.is_initialized():
+        return metrics
+    parts = [*(p.grad.flatten() for p in agent.parameters()), metrics, metrics.new_ones(1)]
+    flat = sum_over_processes(torch.cat(parts) * rows)
+    *gradients, metrics, _ = (flat / flat[-1]).split([len(part) for part in parts])
+    for parameter, gradient in zip(agent.parameters(), gradients, strict=True):
+        parameter.grad.copy_(gradient.view_as(parameter))
+    return metrics
+
+
+def update(agent: ActorCritic, optimizer: Optimizer, batch: Batch, config: Config) -> Metrics:
     """Epochs of freshly shuffled minibatches; metrics averaged over all of them.
 
-    The rows are split into `num_minibatches` near-equal parts, so that none is tiny.
+    The rows are split into `num_minibatches` near-equal parts, so that none is tiny and every
+    process has as many.
     """
     rate = optimizer.param_groups[0]["lr"]  # a tensor: changing it needs no sync point
     history = []
     for _ in range(config.update_epochs):
         shuffled = torch.randperm(len(batch.obs), device=batch.obs.device)
-        for rows in shuffled.tensor_split(min(config.num_minibatches, len(shuffled))):
+        for rows in shuffled.tensor_split(config.num_minibatches):
             minibatch = Batch(*(tensor[rows] for tensor in batch))
             logprobs, entropy = agent.evaluate_actions(minibatch.obs, minibatch.actions)
             values = agent.value(minibatch.obs)
             loss, metrics = ppo_loss(minibatch, logprobs, entropy, values, config)
             optimizer.zero_grad()
             loss.backward()
+            metrics = average_gradients(agent, metrics, len(rows))
             grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
             if config.lr_schedule == "adaptive":
                 adapt_learning_rate(rate, metrics[3], config.desired_kl)
@@ -622,39 +707,32 @@ def scheduled_rate(config: Config, step: int) -> float:
 Act = Callable[[np.ndarray], np.ndarray]  # raw observations (B, O) to actions (B, A)
 
 
-def evaluate(
-    act: Act, config: Config, seeds: Sequence[int], together: int = 16
-) -> tuple[np.ndarray, np.ndarray]:
-    """Raw returns and lengths of exactly one deterministic episode for each seed.
+def evaluate(act: Act, config: Config, seeds: Sequence[int], together: int = 16) -> np.ndarray:
+    """Raw returns and lengths, (2, episodes), of one deterministic episode for each seed.
 
     Episode k is reset with seeds[k], and every episode that is started counts, however many step
     together: to count the first to finish would favour falls. Touches no training state.
     """
-    returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), dtype=np.int64)
-    waiting = iter(range(len(seeds)))
-    running = []
-    while True:
-        for k in itertools.islice(waiting, together - len(running)):
+    totals = np.zeros((2, len(seeds)))  # returns, lengths
+    waiting, running = list(enumerate(seeds))[::-1], []
+    while waiting or running:
+        while waiting and len(running) < together:
+            k, seed = waiting.pop()
             env = make_env(config)  # a new one: a Box2D world keeps traces of who walked before
-            running.append((env, k, env.reset(seed=seeds[k])[0]))
-        if not running:
-            return returns, lengths
+            running.append((k, env, env.reset(seed=seed)[0]))
         actions = act(np.stack([obs for _, _, obs in running]))
-        still_running = []
-        for (env, k, _), action in zip(running, actions, strict=True):
+        stepped, running = zip(running, actions, strict=True), []
+        for (k, env, _), action in stepped:
             obs, reward, terminated, truncated, _ = env.step(action)
-            returns[k] += reward
-            lengths[k] += 1
+            totals[:, k] += reward, 1
             if terminated or truncated:
                 env.close()
             else:
-                still_running.append((env, k, obs))
-        running = still_running
+                running.append((k, env, obs))
+    return totals
 
 
-def play(
-    act: Act, env: gym.Env, seeds: Sequence[int], seconds: float = math.inf
-) -> Iterator[np.ndarray | None]:
+def play(act: Act, env: gym.Env, seeds: Sequence[int], seconds: float) -> Iterator[Any]:
     """Deterministic episodes, one for each seed; yields what `env.render()` gives at each state.
 
     Ends with the last episode, or after so many seconds of simulated time.
@@ -677,12 +755,11 @@ def play(
 
 def resolve_device(name: str) -> torch.device:
     """The device of that name. UserError where this machine has none."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if cuda else "cpu"
-    if not {"cpu": True, "cuda": cuda, "mps": mps}[name]:
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+    name = ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
+    if not there[name]:
         raise UserError(f"--device {name}: there is none here, use --device cpu")
-    return torch.device(name)
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
 @dataclass
@@ -696,6 +773,17 @@ class Counters:
     best_step: int | None = None
     solved_step: int | None = None
     solved_wall_s: float | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str | Path) -> Counters:
+        """UserError where these are no counters."""
+        kinds, sign = typing.get_type_hints(cls), {"best_return": "(-inf, inf)"}
+        fine = (
+            k in values and _is_right(values[k], kinds[k], sign.get(k, "[0, inf)")) for k in kinds
+        )
+        if not all(fine) or len(values) > len(kinds):
+            raise UserError(f"{source}: its counters are damaged")
+        return cls(**values)
 
 
 class Learner:
@@ -715,6 +803,7 @@ class Learner:
         self.reward_normalizer = RewardNormalizer(config)
         self.counters = Counters()
         self.saved_at = self.save_s = 0.0  # when last.pt was written, and how long a save takes
+        self.started = time.perf_counter()  # as if the run had been in one piece
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
@@ -731,60 +820,84 @@ class Learner:
 
         Tensors and plain values only, so that loading them can run no code.
         """
-        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         state = {
             "format": CHECKPOINT_FORMAT,
             "version": __version__,
             "config": plain_settings(self.config),
             "counters": dataclasses.asdict(self.counters),
-            "agent": self.agent.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "obs_normalizer": self.obs_normalizer.state_dict(),
-            "reward_normalizer": self.reward_normalizer.state_dict(),
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
-        }
+        } | {part: getattr(self, part).state_dict() for part in LEARNED}
         began, data = time.perf_counter(), io.BytesIO()
         torch.save(state, data)  # by itself it makes a RuntimeError of a full disk
         with atomic_path(Path(self.config.out) / name) as temporary:
             temporary.write_bytes(data.getvalue())
         self.save_s = time.perf_counter() - began
 
-    def load_policy(self, state: dict[str, Any], source: str | Path) -> None:
-        """Weights and observation statistics. UserError where they do not fit."""
-        try:
-            self.agent.load_state_dict(state["agent"])
-            self.obs_normalizer.load_state_dict(state["obs_normalizer"])
-        except (RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split()).split(": ", 1)[-1]
-            raise UserError(f"{source} does not fit this network: {reason}") from None
+    def is_done(self) -> bool:
+        solved = self.config.stop_when_solved and self.counters.solved_step is not None
+        return solved or self.counters.step >= self.config.total_timesteps
 
-    def load(self, state: dict[str, Any], source: str | Path) -> None:
-        """Everything, to go on as if the run had not stopped."""
-        self.load_policy(state, source)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.reward_normalizer.load_state_dict(state["reward_normalizer"])
-        self.counters = Counters(**state["counters"])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and state["rng"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+    def load(self, state: dict[str, Any], source: str | Path, parts: Sequence[str]) -> None:
+        """Load these parts of a checkpoint's state. UserError where they do not fit."""
+        like = {part: getattr(self, part).state_dict() for part in parts}
+        if "optimizer" in parts:  # all of a run; Adam has moments after a first step
+            self.counters = Counters.from_dict(state["counters"], source)
+            step, params = torch.tensor(0.0), [p.detach() for p in self.agent.parameters()]
+            filled = ({"step": step, "exp_avg": p, "exp_avg_sq": p} for p in params)
+            like["optimizer"]["state"] = dict(enumerate(filled)) if self.counters.iteration else {}
+        for part in parts:
+            if wrong := misfit(state[part], like[part], part):
+                raise UserError(f"{source} does not fit this run: {wrong}")
+            getattr(self, part).load_state_dict(state[part])
+
+
+def misfit(value: Any, like: Any, name: str) -> str | None:
+    """What in a loaded value has not the keys, type or shape of `like`, or is not finite."""
+    if not isinstance(value, dict if isinstance(like, dict) else type(like)):
+        return f"{name} is a {type(value).__name__}"
+    if isinstance(like, list):
+        value, like = dict(enumerate(value)), dict(enumerate(like))
+    if isinstance(like, dict):
+        if value.keys() != like.keys():
+            return f"{name} has other entries"
+        return next(filter(None, (misfit(value[k], like[k], f"{name}.{k}") for k in like)), None)
+    if not isinstance(like, Tensor):
+        return None if repr(value) == repr(like) else f"{name} is {value}, not {like}"
+    made = ("dtype", "shape", "layout", "is_meta")
+    least = 0 if name.endswith(("var", "count", "sq", "step", "lr")) else -math.inf
+    if [getattr(value, k) for k in made] == [getattr(like, k) for k in made]:
+        if value.isfinite().all() and (value >= least).all():
+            return None
+    return f"{name} is damaged, or of shape {tuple(value.shape)}, not {tuple(like.shape)}"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """TrainingError that names the file where it cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to, moved into place once it is whole on the disk."""
+    """A temporary path beside `path` to write to, moved into place once it is whole on the disk.
+
+    TrainingError where that fails; what was there before stays.
+    """
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-PARTS = ("config", "counters", "agent", "optimizer", "obs_normalizer", "reward_normalizer", "rng")
-_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OverflowError)
-DAMAGE = (*_BROKEN, pickle.UnpicklingError, RuntimeError, ValueError)  # what a damaged file raises
+POLICY = ("agent", "obs_normalizer")
+LEARNED = (*POLICY, "optimizer", "reward_normalizer")
 
 
 def load_checkpoint(path: str | Path, env: str | None = None) -> dict[str, Any]:
@@ -794,22 +907,27 @@ def load_checkpoint(path: str | Path, env: str | None = None) -> dict[str, Any]:
     load most flipped bits silently as other values. An environment of the form `module:EnvId` would
     be imported, so it must be given as `env`, by the user.
     """
-    verified, data = io.BytesIO(), io.BytesIO(read_file(path))
+    verified, data = io.BytesIO(), Path(path).read_bytes()
     try:
-        with zipfile.ZipFile(data) as archive, zipfile.ZipFile(verified, "w") as copy:
-            for record in archive.infolist():
-                copy.writestr(record.filename, archive.read(record))  # checks the checksum
-        verified.seek(0)
-        state = torch.load(verified, "cpu", weights_only=True)
-    except DAMAGE:
+        with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(io.BytesIO(data)) as archive:
+            records = archive.infolist()
+            size = sum(record.file_size for record in records)
+            if size > len(data) or any(record.compress_type for record in records):
+                raise ValueError("it would inflate: torch packs nothing")
+            with zipfile.ZipFile(verified, "w") as copy:
+                for record in records:
+                    copy.writestr(record.filename, archive.read(record))  # checks the checksum
+            verified.seek(0)
+            state = torch.load(verified, "cpu", weights_only=True)
+    except Exception:  # whatever a forged pickle makes of it
         raise UserError(f"{path} is no checkpoint, or a damaged one") from None
-    if not isinstance(state, dict) or "format" not in state:
-        raise UserError(f"{path} is no checkpoint of this program")
-    if state["format"] != CHECKPOINT_FORMAT:
-        theirs = f"its format is {state['format']}, this program's is {CHECKPOINT_FORMAT}"
-        raise UserError(f"{path} was written by version {state.get('version')}: {theirs}")
-    if not all(isinstance(state.get(part), dict) for part in PARTS):
-        raise UserError(f"{path} is no checkpoint of this program: a part of it is missing")
+    state = state if isinstance(state, dict) else {}
+    if repr(state.get("format")) != repr(CHECKPOINT_FORMAT):
+        theirs = f"version {state.get('version')}, in format {state.get('format')}"
+        raise UserError(f"{path} was written by {theirs}, not {CHECKPOINT_FORMAT}")
+    if not all(isinstance(state.get(part), dict) for part in ("config", "counters", *LEARNED)):
+        raise UserError(f"{path} is no checkpoint of this program, or a part of it is missing")
+    state["config"].pop("out", None)  # where to write is the user's to say
     named = str(state["config"].get("env"))
     if ":" in named and env is None:
         raise UserError(f"{path} names the environment {named}: type --env {named} to import it")
@@ -833,59 +951,73 @@ FILM, CURVES = "videos/walker_final.mp4", "plots/training_curves.png"
 
 
 def make_folders(*folders: Path) -> None:
-    """UserError, before any is made, where they cannot be written to."""
+    """UserError, before any is made, where one cannot be made or written to."""
     blocked = [folder for folder in folders if folder.exists() and not folder.is_dir()]
     try:
         for folder in blocked or folders:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
+        raise UserError(f"--out cannot be written to: {error}") from None
 
 
-def claim_folder(out: Path, resume: str | Path | None, overwrite: bool) -> None:
-    """Make the folders of a run. UserError where they hold another, or cannot be written to."""
+def claim_folder(out: Path, resume: str | Path | None, overwrite: bool) -> FileLock:
+    """Make the folders of a run and lock them, as long as this process lives.
+
+    UserError where they hold another run, one is running in them, or they cannot be written to.
+    """
     own = resume is not None and Path(resume).resolve().parent == (out / LAST).resolve().parent
     if not (own or overwrite) and any((out / name).exists() for name in (BEST, LAST, METRICS)):
         choices = "go on with --resume, choose another folder with --out, or --overwrite it"
         raise UserError(f"{(out / LAST).parent} holds a run: {choices}")
     make_folders(*((out / name).parent for name in (LAST, FILM, CURVES)))
+    lock = FileLock((out / LAST).with_name(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{(out / LAST).parent} is in use by a run that is still going") from None
+    for folder in {(out / name).parent for name in (LAST, FILM, CURVES)}:
+        for path in folder.glob(".*.tmp.*"):  # half-written by a run that was killed
+            path.unlink()
     if overwrite:
         gif = (out / FILM).with_suffix(".gif")
         steps = [p for p in (out / LAST).parent.glob("step_*.pt") if p.stem[5:].isdecimal()]
         for path in [*(out / n for n in (BEST, LAST, METRICS, CONFIG, FILM, CURVES)), gif, *steps]:
             path.unlink(missing_ok=True)
+    return lock
 
 
 class RunLog:
     """metrics.csv, the progress bar on a terminal, and plain lines everywhere."""
 
-    def __init__(self, path: Path, config: Config, step: int) -> None:
+    def __init__(self, path: Path, config: Config, counters: Counters) -> None:
         from tqdm import tqdm
 
         whole = path.read_text().rpartition("\n")[0] if path.exists() else ""  # no torn last line
-        rows = [line for line in whole.splitlines()[1:] if int(line.split(",")[0]) <= step]
+        rows = whole.splitlines()[1:]
+        if any(not row.split(",")[0].isdecimal() for row in rows):
+            raise UserError(f"{path} is damaged: a row has no step; mend it, or remove it")
+        rows = [row for row in rows if int(row.split(",")[0]) <= counters.step]
         with atomic_path(path) as temporary:
             temporary.write_text("\n".join([",".join(CSV_COLUMNS), *rows, ""]))
-        self.file = open(path, "a", newline="")
-        self.writer = csv.DictWriter(
-            self.file, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n"
-        )
-        total = config.num_iterations * config.batch_size
-        self.bar = tqdm(total=total, initial=step, unit=" steps", unit_scale=True, disable=None)
-        self.said_at = time.monotonic()
+        self.path, self.file, self.said_at = path, open(path, "a"), time.monotonic()
+        total = config.num_iterations * config.batch_size * process()[1]
+        how = {"unit": " steps", "unit_scale": True, "disable": None}  # None: but on a terminal
+        self.bar = tqdm(total=total, initial=counters.step, **how)
 
     def row(self, row: dict[str, Any]) -> None:
         """Append a row, flushed; a column that is not given stays empty. Show where the run is."""
-        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        self.file.flush()
+        cells = (row.get(name) for name in CSV_COLUMNS)
+        cells = (f"{x:.6g}" if isinstance(x, float) else "" if x is None else str(x) for x in cells)
+        with writing(self.path):
+            self.file.write(",".join(cells) + "\n")
+            self.file.flush()
         shown = {"return": row.get("return_mean"), "best": row["best_return"]}
         text = ", ".join(f"{k} {'–' if v is None else f'{v:.1f}'}" for k, v in shown.items())
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(row["step"] - self.bar.n)
         if self.bar.disable and time.monotonic() - self.said_at > 10:  # no terminal: plain lines
-            left = (self.bar.total - row["step"]) / row["steps_per_s"] / 60
-            text += f", {row['steps_per_s']:,.0f} steps/s, {left:.1f} min left"
+            text += f", {row['steps_per_s']:,.0f} steps/s, {row['wall_s'] / 60:.1f} min"
             self.say(f"step {row['step']:,} of {self.bar.total:,}: {text}")
 
     def say(self, text: str) -> None:
@@ -895,80 +1027,72 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        self.file.close()
+        with writing(self.path):  # what could not be flushed is tried again
+            self.file.close()
 
 
 def write_config(config: Config, threshold: float | None, path: Path) -> None:
     """Every setting as JSON, to be run again by --config; `_about` is for readers and plots."""
     versions = {"walker": __version__, "torch": torch.__version__, "gymnasium": gym.__version__}
-    about = {"reward_threshold": threshold, "versions": versions}
-    text = json.dumps(plain_settings(config) | {"_about": about}, indent=2)
+    about = {"_about": {"reward_threshold": threshold, "versions": versions}}
     with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n")
+        temporary.write_text(json.dumps(plain_settings(config) | about, indent=2) + "\n")
 
 
-def record_episode(
-    act: Act, config: Config, seed: int, mp4: Path, seconds: float = math.inf
-) -> None:
+def record_episode(act: Act, config: Config, seed: int, mp4: Path, seconds: float) -> None:
     """Film one deterministic episode, headless: H.264 in yuv420p, and a GIF of at most 3 MB.
 
     UserError where the environment cannot render.
     """
     import imageio
-    from PIL import Image
 
     env = make_env(config, "rgb_array")
     fps = env.metadata.get("render_fps", 30)
     h264 = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 2}  # keeps even sizes
-    small = []  # every second frame, half size, for the GIF
     with contextlib.closing(env), atomic_path(mp4) as temporary:
         with imageio.get_writer(temporary, fps=fps, **h264) as video:
-            for t, frame in enumerate(play(act, env, [seed], seconds)):
+            for frame in play(act, env, [seed], seconds):
                 if frame is None:
                     raise UserError(f"--env {config.env} renders nothing")
                 video.append_data(frame)
-                if t % 2 == 0:
-                    small.append(Image.fromarray(frame).reduce(2))
-    _write_gif(small, fps / 2, mp4.with_suffix(".gif"))
+        _write_gif(temporary, fps, mp4.with_suffix(".gif"))
 
 
-def show(act: Act, config: Config, seeds: Sequence[int], seconds: float) -> None:
-    """Play episodes in a window for `seconds` of simulated time, one after another."""
-    with contextlib.closing(make_env(config, "human")) as env:
-        for _ in play(act, env, seeds, seconds):
-            pass  # the window shows each step by itself
+def _write_gif(mp4: Path, fps: float, gif: Path, limit: int = 3_000_000) -> None:
+    """The film at half its size, in fewer frames until it is small enough, at the true speed."""
+    from imageio_ffmpeg import get_ffmpeg_exe
 
-
-def _write_gif(frames: list[Any], fps: float, path: Path, limit: int = 3_000_000) -> None:
-    """Fewer frames, at the true speed, until the file is small enough."""
-    for stride in (1, 2, 3, 4, 6, 8, 12):
-        kept = [frame.quantize(64, dither=0) for frame in frames[::stride]]
-        timing = {"duration": 1000 * stride / fps, "loop": 0}  # milliseconds; for ever
-        with atomic_path(path) as temporary:
-            kept[0].save(temporary, save_all=True, append_images=kept[1:], **timing)
-            small_enough = temporary.stat().st_size <= limit
-        if small_enough:
-            return
+    colours = "split[a][b];[a]palettegen=64[p];[b][p]paletteuse=dither=none"
+    for stride in (2, 3, 4, 6, 8, 12, 24):
+        with atomic_path(gif) as temporary:
+            filters = ["-vf", f"fps={fps / stride},scale=iw/2:-1:flags=area,{colours}", temporary]
+            command = [get_ffmpeg_exe(), "-v", "quiet", "-y", "-i", mp4, *filters]
+            if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
+                raise OSError("the encoder failed; is the disk full?")  # it says nothing itself
+            if temporary.stat().st_size <= limit:
+                return
 
 
 class StopSignals:
-    """While entered, a SIGINT or SIGTERM is noted in `received`; a second one leaves at once."""
+    """While entered, a SIGINT or SIGTERM is noted in `received`; one more a second later leaves.
 
-    def __init__(self) -> None:
-        self.received: int | None = None
+    One keypress can arrive twice: from the terminal, and from a launcher that passes it on.
+    """
+
+    received: int | None = None
 
     def __enter__(self) -> StopSignals:
-        self.replaced = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.replaced[number] = signal.signal(number, self._note)
+        in_main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+        self.replaced = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
-    def _note(self, number: int, _frame: types.FrameType | None) -> None:
-        if self.received is not None:
+    def _note(self, number: int, _frame: Any) -> None:
+        if self.received is None:
+            self.received, self.noted_at = number, time.monotonic()
+            os.write(2, b"\nstopping after this iteration; once more to leave at once\n")
+        elif time.monotonic() > self.noted_at + 1:
             os._exit(128 + number)
-        self.received = number
-        os.write(2, b"\nstopping after this iteration; once more to leave at once\n")
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.replaced.items():
@@ -977,17 +1101,14 @@ class StopSignals:
 
 # ==== 10. Train ===================================================================================
 
-RESUMABLE = {  # what --resume may change: nothing that the learner sees
-    *("total_timesteps", "device", "vector_env", "eval_every", "eval_episodes"),
-    *("checkpoint_every", "stop_when_solved", "out"),
-}
+# What --resume may change: nothing that the learner sees.
+RESUMABLE = """total_timesteps device vector_env step_timeout out
+eval_every eval_episodes checkpoint_every stop_when_solved""".split()
 
 
 def prepare_learner(config: Config, resume: str | Path | None) -> Learner:
     """A new learner, or one that goes on from `resume`. Writes nothing."""
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    torch.manual_seed(config.seed)
+    seed_everything(config.seed, rank=0, step=0)  # the same networks in every process
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     learner = Learner(config)
     if resume is not None:
@@ -998,68 +1119,79 @@ def prepare_learner(config: Config, resume: str | Path | None) -> Learner:
             if new != old and field.name not in RESUMABLE:
                 flag = field.name.replace("_", "-")
                 raise UserError(f"--{flag} is {new!r}, but {resume} was trained with {old!r}")
-        learner.load(state, resume)
+        learner.load(state, resume, LEARNED)
+        learner.started -= learner.counters.wall_s
+        best = Path(config.out, BEST)  # it may be newer than the checkpoint
+        found = Counters()
+        if best.exists():
+            found = Counters.from_dict(load_checkpoint(best, config.env)["counters"], best)
+        for name in ("best_return", "best_step"):
+            setattr(learner.counters, name, getattr(found, name))
     elif config.init_from is not None:
-        learner.load_policy(load_checkpoint(config.init_from, config.env), config.init_from)
+        learner.load(load_checkpoint(config.init_from, config.env), config.init_from, POLICY)
     return learner
 
 
-def is_due(every: int, step: int, batch_size: int) -> bool:
-    """Whether the iteration that ends at `step` is the first at or past a multiple of `every`."""
-    return every > 0 and step // every > (step - batch_size) // every
+def is_due(every: int, step: int, steps: int) -> bool:
+    """Whether the iteration of `steps` that ends at `step` is the first at a multiple, or past."""
+    return every > 0 and step // every > (step - steps) // every
 
 
-def evaluate_and_rank(learner: Learner, log: RunLog) -> tuple[dict[str, float], bool]:
-    """Evaluation columns, and whether this policy is the best so far.
+def evaluate_and_rank(learner: Learner, steps: int, log: RunLog) -> tuple[Metrics, bool]:
+    """If due: the evaluation columns of an iteration of `steps`, and whether this is the best yet.
 
     A best mean at the threshold is confirmed on 100 fresh episodes, and the policy ranked by those:
     the highest of many means over a few episodes is high by luck.
     """
     config, counters, threshold = learner.config, learner.counters, learner.threshold
+    is_last = counters.step >= config.total_timesteps
+    if not (is_due(config.eval_every, counters.step, steps) or (is_last and config.eval_every)):
+        return {}, False
     best = -math.inf if counters.best_return is None else counters.best_return
     seeds = env_seeds(config.seed, EVALUATE, config.eval_episodes)
     returns, _ = evaluate(learner.act, config, seeds)
     columns = {"eval_return_mean": returns.mean(), "eval_return_std": returns.std()}
-    columns["eval_episodes"] = len(returns)
     if threshold is not None and returns.mean() >= max(threshold, best):
         fresh = env_seeds(config.seed, CONFIRM, 100, step=counters.step)
         returns, _ = evaluate(learner.act, config, fresh)
         if returns.mean() >= threshold and counters.solved_step is None:
             counters.solved_step = counters.step
+            counters.solved_wall_s = time.perf_counter() - learner.started
+            minutes = counters.solved_wall_s / 60
+            log.say(f"solved after {minutes:.1f} min: confirmed on 100 fresh episodes")
     is_best = bool(returns.mean() > best)
     if is_best:
         counters.best_return, counters.best_step = float(returns.mean()), counters.step
     over = f"{returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
     log.say(f"step {counters.step:,}: evaluation {over}{', the best so far' if is_best else ''}")
-    return columns, is_best
+    return columns | {"eval_episodes": len(seeds)}, is_best
 
 
-def save(learner: Learner, iteration_s: float, is_best: bool, is_last: bool) -> None:
-    """After an iteration of so many seconds: best.pt and step_N.pt where due, and last.pt.
+def save(learner: Learner, steps: int, iteration_s: float, is_best: bool) -> None:
+    """After an iteration of so many steps and seconds: best.pt, step_N.pt and last.pt, where due.
 
     last.pt is written where that costs under 1 % of the iteration, else at most every 10 s.
     """
     config, step, now = learner.config, learner.counters.step, time.perf_counter()
     if is_best:
         learner.save(BEST)
-    if is_due(config.checkpoint_every, step, config.batch_size):
+    if is_due(config.checkpoint_every, step, steps):
         learner.save(LAST.replace("last", f"step_{step}"))
-    if is_last or now - learner.saved_at >= 10 or learner.save_s < 0.01 * iteration_s:
+    if now - learner.saved_at >= 10 or learner.save_s < 0.01 * iteration_s:
         learner.save(LAST)
         learner.saved_at = time.perf_counter()
 
 
-def check_finite(values: dict[str, float], counters: Counters) -> None:
+def check_finite(values: Metrics, counters: Counters) -> None:
     """TrainingError that names the first value that is not finite."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            where = f"{name} is {value} in the iteration after step {counters.step:,}"
-            raise TrainingError(f"{where}: try a lower --learning-rate; last.pt is from before it")
+    for name in (name for name, value in values.items() if not math.isfinite(value)):
+        where = f"{name} is {values[name]} in the iteration after step {counters.step:,}"
+        raise TrainingError(f"{where}: try a lower --learning-rate; last.pt is from before it")
 
 
-def episode_columns(episodes: list[tuple[float, int]]) -> dict[str, float]:
+def episode_columns(episodes: list[tuple[float, int]]) -> Metrics:
     """Raw returns and lengths of the episodes that ended in an iteration."""
-    columns: dict[str, float] = {"episodes": len(episodes)}
+    columns: Metrics = {"episodes": len(episodes)}
     for name, values in zip(("return", "length"), zip(*episodes, strict=True), strict=False):
         columns[f"{name}_mean"] = float(np.mean(values))
         columns[f"{name}_min"], columns[f"{name}_max"] = min(values), max(values)
@@ -1072,15 +1204,16 @@ def export(learner: Learner, log: RunLog, film: bool) -> None:
 
     out, config = Path(learner.config.out), learner.config
     if (out / BEST).exists():
-        learner.load_policy(load_checkpoint(out / BEST, config.env), out / BEST)
+        learner.load(load_checkpoint(out / BEST, config.env), out / BEST, POLICY)
     try:
         if film:
-            seed = env_seeds(config.seed, VIDEO, 1)[0]
-            record_episode(learner.act, config, seed, out / FILM)
+            [seed] = env_seeds(config.seed, VIDEO, 1)
+            record_episode(learner.act, config, seed, out / FILM, math.inf)
             log.say(f"video: {out / FILM}, and a GIF beside it")
     except (UserError, gym.error.Error, NotImplementedError) as error:
         log.say(f"no video: {error}")
-    viz.plot_training_curves(out / METRICS, out / CURVES, learner.threshold)
+    with writing(out / CURVES):
+        viz.plot_training_curves(out / METRICS, out / CURVES, learner.threshold)
     log.say(f"curves: {out / CURVES}")
 
 
@@ -1102,29 +1235,38 @@ def train(
     Returns where the run stands, and the signal that stopped it, if one did. Raises UserError
     before anything is written, TrainingError where training cannot go on.
     """
-    learner, out, mark = prepare_learner(config, resume), Path(config.out), time.perf_counter()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun has started us
+        dist.init_process_group()  # gloo for tensors on the CPU, NCCL for those on GPUs
+    rank, steps = process()[0], process()[1] * config.batch_size
+    learner, out = prepare_learner(config, resume), Path(config.out)
     agent, counters, normalizer = learner.agent, learner.counters, learner.obs_normalizer
     with contextlib.ExitStack() as stack:
-        seeds = env_seeds(config.seed, TRAIN, config.num_envs, step=counters.step)
+        seeds = env_seeds(config.seed, TRAIN, config.num_envs, rank, counters.step)
         envs, obs = make_vector_env(config, seeds)
-        stack.callback(envs.close)
-        claim_folder(out, resume, overwrite)
-        write_config(config, learner.threshold, out / CONFIG)
-        log = stack.enter_context(contextlib.closing(RunLog(out / METRICS, config, counters.step)))
+        stack.callback(close_envs, envs)
         stop = stack.enter_context(StopSignals())
-        learner.save(LAST)
-        first_obs = normalizer.update_and_normalize(obs).to(learner.device)
-        rollout = Rollout(config, first_obs, learner.dims[1])
-        is_last = counters.step >= config.total_timesteps
+        any_process(False)  # every process has read what rank 0 may remove now
+        if rank == 0:
+            stack.callback(claim_folder(out, resume, overwrite).release)
+            write_config(config, learner.threshold, out / CONFIG)
+            learner.save(LAST)  # before metrics.csv is cut to its step: killed between, they fit
+            log = stack.enter_context(contextlib.closing(RunLog(out / METRICS, config, counters)))
+        rollout = Rollout(config, normalizer.normalize(obs).to(learner.device), learner.dims[1])
 
-        while not is_last:
-            # set the learning rate, by the absolute step
+        while not any_process(learner.is_done() or stop.received is not None):
+            # set the learning rate and the random numbers, by the absolute step
             began = time.perf_counter()
+            seed_everything(config.seed, rank, counters.step)
             if config.lr_schedule != "adaptive":
                 learner.optimizer.param_groups[0]["lr"].fill_(scheduled_rate(config, counters.step))
 
             # collect a rollout
-            episodes = collect_rollout(envs, agent, normalizer, rollout)
+            try:
+                episodes = collect_rollout(envs, agent, normalizer, rollout)
+            except EnvironmentFailure:
+                if rank == 0:
+                    learner.save(LAST)
+                raise
             collected = time.perf_counter()
 
             # compute advantages of the normalised rewards; update
@@ -1132,80 +1274,46 @@ def train(
             batch = make_batch(rollout, agent, rewards, config)
             losses = update(agent, learner.optimizer, batch, config)
             check_finite(losses, counters)
-            counters.step += config.batch_size
+            counters.step += steps
             counters.iteration += 1
             updated = time.perf_counter()
+            if rank > 0:
+                continue  # rank 0 evaluates, logs and saves
 
             # evaluate, if due
-            is_last = counters.iteration >= config.num_iterations
-            evaluation, is_best = {}, False
-            is_final = is_last and config.eval_every > 0
-            if is_final or is_due(config.eval_every, counters.step, config.batch_size):
-                evaluation, is_best = evaluate_and_rank(learner, log)
+            evaluation, is_best = evaluate_and_rank(learner, steps, log)
             ended = time.perf_counter()
-            counters.wall_s, mark = counters.wall_s + ended - mark, ended
-            if counters.solved_step == counters.step:
-                counters.solved_wall_s = counters.wall_s
-                log.say(f"solved after {counters.wall_s / 60:.1f} min: confirmed on fresh episodes")
-                is_last |= config.stop_when_solved
+            counters.wall_s = ended - learner.started
 
             # log a row
             row = dataclasses.asdict(counters) | episode_columns(episodes) | losses | evaluation
-            row["steps_per_s"] = config.batch_size / (updated - began)
-            row["collect_s"], row["update_s"] = collected - began, updated - collected
-            row["eval_s"] = ended - updated
+            row |= {"collect_s": collected - began, "update_s": updated - collected}
+            row |= {"eval_s": ended - updated, "steps_per_s": steps / (updated - began)}
             log.row(row)
 
             # save
-            is_last |= stop.received is not None
-            save(learner, ended - began, is_best, is_last)
+            save(learner, steps, ended - began, is_best)
 
-        log.say(summary(counters))
-        export(learner, log, film=stop.received != signal.SIGTERM)
+        if rank == 0:
+            learner.save(LAST)
+            log.say(summary(counters))
+            export(learner, log, film=stop.received != signal.SIGTERM)
+        any_process(False)  # a launcher ends all when one ends: not before the film is done
     return counters, stop.received
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Test a checkpoint: deterministic, statistics frozen, raw returns."""
-
-    checkpoint: tyro.conf.Positional[str]  # a .pt file of a run
-    env: str | None = None  # Gymnasium id, if not the checkpoint's own
-    episodes: int = 100  # how many are started, and all count
-    seed: int = 0  # episode k is reset with its own seed derived from this and k
-    record: bool = False  # film one episode: videos/NAME.mp4 and .gif, NAME being the checkpoint's
-    render: bool = False  # show episodes in a window before the test
-    seconds: float | None = None  # at most so long a film or show; default: one episode, or 30 s
-    device: Device = "auto"  # auto: cuda where present, else cpu
-    out: str = "."  # folder in which videos/ is made
+def load_learner(checkpoint: str, env: str | None, seed: int, device: str, out: str) -> Learner:
+    """A trained policy with its statistics. UserError where it is none, or does not fit `env`."""
+    state = load_checkpoint(checkpoint, env)
+    config = config_from_dict(state["config"], checkpoint)
+    changes = {} if env in (None, config.env) else {"env": env, "env_kwargs": ()}
+    learner = Learner(dataclasses.replace(config, seed=seed, device=device, out=out, **changes))
+    learner.load(state, checkpoint, POLICY)
+    return learner
 
 
-def run_evaluation(options: Evaluation) -> str:
-    """Film or show the policy, where asked, then test it on fresh episodes.
-
-    Returns one line, `return MEAN ± STD over N episodes (min A, max B), length L`.
-    """
-    state = load_checkpoint(options.checkpoint, options.env)
-    config = config_from_dict(state["config"], options.checkpoint)
-    changes = {name: getattr(options, name) for name in ("seed", "device", "out")}
-    if options.env not in (None, config.env):
-        changes |= {"env": options.env, "env_kwargs": ()}
-    config = dataclasses.replace(config, **changes)
-    if options.episodes < 1:
-        raise UserError(f"--episodes is {options.episodes}: it must be at least 1")
-    if options.seconds is not None and not 0 < options.seconds < math.inf:
-        raise UserError(f"--seconds is {options.seconds}: it must be above 0, and finite")
-    learner = Learner(config)
-    learner.load_policy(state, options.checkpoint)
-    seeds = env_seeds(options.seed, TEST, options.episodes)
-    if options.record:
-        mp4 = Path(options.out, "videos", f"{Path(options.checkpoint).stem}.mp4")
-        make_folders(mp4.parent)
-        record_episode(learner.act, config, seeds[0], mp4, options.seconds or math.inf)
-        print(f"video: {mp4}, and a GIF beside it")
-    if options.render:
-        show(learner.act, config, seeds, options.seconds or 30.0)
-    returns, lengths = evaluate(learner.act, config, seeds)
-    mean = f"{returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
-    span = f"(min {returns.min():.1f}, max {returns.max():.1f})"
-    return f"return {mean} {span}, length {lengths.mean():.0f}"
+def show(act: Act, config: Config, seeds: Sequence[int], seconds: float) -> None:
+    """Play episodes in a window for `seconds` of simulated time, one after another."""
+    with contextlib.closing(make_env(config, "human")) as env:
+        for _ in play(act, env, seeds, seconds):
+            pass  # the window shows each step by itself

@@ -1,5 +1,7 @@
 """What every test has: one torch thread, and a way to leave out the film and the curves."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -12,3 +14,12 @@ torch.set_num_threads(1)  # with networks this small, two only fight for the cor
 def no_pictures(monkeypatch):
     """A film and curves cost a second a run: the smoke run of test_train.py checks them."""
     monkeypatch.setattr(core, "export", lambda *args, **kwargs: None)
+
+
+@pytest.fixture(scope="session")
+def trainings():
+    """Starts trainings as processes of their own, at once."""
+    from crash import Trainings
+
+    with contextlib.closing(Trainings()) as trainings:
+        yield trainings

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import itertools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ import torch
 
 import walker_core as core
 
+TESTS = Path(__file__).resolve().parent
 BATCH = 32  # steps of one iteration of the tiny runs: 16 of each of 2 environments
 TINY = {
     "env": "Pendulum-v1",
@@ -29,7 +35,7 @@ TINY = {
 }
 # Columns that tell of the clock; all others must be equal to the bit between two runs of one seed.
 CLOCK = ("wall_s", "steps_per_s", "collect_s", "update_s", "eval_s")
-LEARNED = ("agent", "optimizer", "obs_normalizer", "reward_normalizer", "rng")  # in a checkpoint
+LEARNED = ("agent", "optimizer", "obs_normalizer", "reward_normalizer")
 
 
 def tiny(out: Path | str = ".", **changes: Any) -> core.Config:
@@ -44,6 +50,18 @@ def train_without_pictures(config: core.Config) -> None:
         core.train(config)
 
 
+def before_update(monkeypatch, iteration: int, do: Callable[[], None]) -> None:
+    """Have `do` called in the iteration of that number, before its update."""
+    update, numbers = core.update, itertools.count(1)
+
+    def wrapped(*args):
+        if next(numbers) == iteration:
+            do()
+        return update(*args)
+
+    monkeypatch.setattr(core, "update", wrapped)
+
+
 def flags(out: Path | str = ".", **changes: Any) -> list[str]:
     """The settings of `tiny`, as typed on the command line."""
     words = []
@@ -55,6 +73,31 @@ def flags(out: Path | str = ".", **changes: Any) -> list[str]:
             many = isinstance(value, Sequence) and not isinstance(value, str)
             words += [f"--{flag}", *map(str, value if many else [value])]
     return words
+
+
+def start(out: Path, *typed: str, **popen) -> subprocess.Popen:
+    """`python walker.py` in a process of its own, its output in the files out.txt and err.txt."""
+    displays = "DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"  # headless
+    environ = {name: value for name, value in os.environ.items() if name not in displays}
+    out.mkdir(exist_ok=True)
+    with open(out / "out.txt", "w") as stdout, open(out / "err.txt", "w") as stderr:
+        return subprocess.Popen(
+            [sys.executable, TESTS.parent / "walker.py", "--out", out, *typed],
+            stdout=stdout,
+            stderr=stderr,
+            stdin=subprocess.DEVNULL,
+            cwd=out,
+            env=environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)},
+            **popen,
+        )
+
+
+def wait_for(process: subprocess.Popen, what: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not what():
+        assert process.poll() is None, "it ended by itself"
+        assert time.monotonic() < until, "it takes too long"
+        time.sleep(0.02)
 
 
 def rows(out: Path) -> list[dict[str, str]]:
@@ -107,6 +150,6 @@ def _bits(tensor: torch.Tensor) -> bytes:
 
 
 def learned(checkpoint: Path) -> dict[str, Any]:
-    """All of a checkpoint that training has made: networks, optimiser, normalisers, RNG states."""
+    """All of a checkpoint that training has made: networks, optimiser and normalisers."""
     state = core.load_checkpoint(checkpoint)
     return {name: state[name] for name in LEARNED}

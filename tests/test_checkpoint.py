@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import pickle
 import struct
@@ -48,7 +49,8 @@ def test_everything_comes_back_to_the_bit(trained, state, tmp_path):
     learner = core.Learner(tiny(**settings))  # other weights, statistics and counters
     torch.manual_seed(9)
     assert not same(learner.agent.state_dict(), state["agent"])
-    learner.load(state, trained)
+    learner.load(state, trained, core.LEARNED)
+    learner.counters = core.Counters.from_dict(state["counters"], trained)
     learner.save("again.pt")
     again = core.load_checkpoint(tmp_path / "again.pt")
     assert again.pop("config").pop("seed") == 9
@@ -77,17 +79,6 @@ def test_a_checkpoint_holds_all_that_training_changed(state, tmp_path):
     assert core.config_from_dict(state["config"], "last.pt") == config
 
 
-def test_the_random_stream_goes_on_where_it_was_saved(trained, state):
-    learner = core.Learner(tiny(layer_norm=True))
-    drawn = []
-    for burn in (0, 5):
-        torch.manual_seed(burn)
-        torch.rand(burn)
-        learner.load(state, trained)
-        drawn.append(torch.rand(8))
-    assert torch.equal(*drawn)
-
-
 def test_a_checkpoint_is_tensors_and_plain_values_only(trained):
     plain = (bool, int, float, str, type(None), torch.Tensor)
 
@@ -107,8 +98,8 @@ def test_a_checkpoint_is_tensors_and_plain_values_only(trained):
 
 def test_a_learner_acts_the_same_after_loading(trained, state):
     learner, other = (core.Learner(tiny(layer_norm=True, seed=seed)) for seed in (1, 2))
-    learner.load(state, trained)
-    other.load_policy(state, trained)
+    learner.load(state, trained, core.LEARNED)
+    other.load(state, trained, core.POLICY)
     obs = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
     assert np.array_equal(learner.act(obs), other.act(obs))
     assert np.ptp(learner.act(obs)) > 0
@@ -117,18 +108,21 @@ def test_a_learner_acts_the_same_after_loading(trained, state):
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+def test_a_write_that_fails_is_a_clear_error_and_leaves_the_old_file_and_no_other(
+    tmp_path, monkeypatch
+):
     learner = core.Learner(tiny(tmp_path))
     learner.save("last.pt")
-    before, torch_save = tree(tmp_path), torch.save
+    before, write_bytes = tree(tmp_path), Path.write_bytes
 
-    def out_of_space(state, file):
-        torch_save({"half": 1}, file)
-        raise OSError(28, "No space left on device")
+    def out_of_space(path, data):
+        write_bytes(path, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(torch, "save", out_of_space)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(Path, "write_bytes", out_of_space)
+    with pytest.raises(core.TrainingError) as caught:
         learner.save("last.pt")
+    assert str(caught.value) == f"{tmp_path}/last.pt cannot be written: No space left on device"
     assert tree(tmp_path) == before
 
 
@@ -307,8 +301,8 @@ def test_networks_of_other_sizes_are_one_line(trained, capsys, tmp_path, monkeyp
     other = flags("new", init_from=str(trained), layer_norm=True, actor_hidden=(5,))
     assert walker.main(other) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"walker.py: {trained} does not fit this network: ")
-    assert error.count("\n") == 1
+    wrong = "agent.actor.0.weight is damaged, or of shape (4, 3), not (5, 3)"
+    assert error == f"walker.py: {trained} does not fit this run: {wrong}\n"
     assert tree(tmp_path) == {}
 
 
@@ -358,6 +352,13 @@ def test_starting_from_a_checkpoints_weights_does_not_import_its_module(mine, tm
 def test_evaluating_on_another_environment_does_not_import_the_checkpoints_module(mine):
     path, evidence = mine
     assert walker.main(["evaluate", str(path), "--episodes", "1", "--env", "Pendulum-v1"]) == 0
+    assert not evidence.exists()
+
+
+def test_resuming_on_another_environment_does_not_import_the_checkpoints_module(mine, capsys):
+    path, evidence = mine
+    assert walker.main(["--resume", str(path), "--env", "Pendulum-v1"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
     assert not evidence.exists()
 
 

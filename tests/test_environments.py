@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import gymnasium as gym
 import numpy as np
@@ -13,7 +14,7 @@ from gymnasium.vector import AutoresetMode
 
 import walker_core as core
 
-STREAMS = (core.TRAIN, core.EVALUATE, core.CONFIRM, core.VIDEO, core.TEST)
+STREAMS = (core.TRAIN, core.EVALUATE, core.CONFIRM, core.VIDEO, core.TEST, core.LEARN)
 
 
 def walker(**settings) -> core.Config:
@@ -39,13 +40,27 @@ def test_seeds_are_the_words_of_numpys_seed_sequence_without_their_last_bit():
 def test_runs_share_no_world_between_seeds_streams_ranks_or_steps():
     keys = itertools.product((1, 2, 3), STREAMS, (0, 1), (0, 4096))
     seeds = [s for seed, stream, *at in keys for s in core.env_seeds(seed, stream, 100, *at)]
-    assert len(set(seeds)) == len(seeds) == 3 * 5 * 2 * 2 * 100
+    assert len(set(seeds)) == len(seeds) == 3 * 6 * 2 * 2 * 100
 
 
 def test_seeds_are_plain_integers_of_31_bits():
     seeds = core.env_seeds(1, core.TRAIN, 5000)
     assert all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds)
     assert max(seeds) >= 2**30  # and use them all
+
+
+def test_a_step_of_a_run_seeds_all_three_generators_alike_each_time_and_no_two_steps_alike():
+    def drawn(seed: int, step: int) -> tuple[float, float, float]:
+        core.seed_everything(seed, 0, step)
+        return random.random(), np.random.rand(), float(torch.rand(()))
+
+    keys = list(itertools.product((0, 1, 2, 2**32 - 1), (0, 32, 64, 10**9)))
+    draws = {key: drawn(*key) for key in keys}
+    for key in reversed(keys):
+        random.random(), np.random.rand(3), torch.rand(5)
+        assert drawn(*key) == draws[key]
+    for of_one_generator in zip(*draws.values(), strict=True):
+        assert len(set(of_one_generator)) == len(keys)
 
 
 # ---- vector environments -------------------------------------------------------------------------
@@ -171,7 +186,7 @@ def test_envpool_refuses_an_environment_that_it_does_not_have():
 def test_running_statistics_are_numpys_over_the_raw_stream(shape):
     rng = np.random.default_rng(0)
     stats, stream = core.RunningMeanStd(shape), []
-    for rows in (1, 7, 0, 64, 1, 300, 2, 0, 5):
+    for rows in (1, 7, 64, 1, 300, 2, 5):
         batch = 1000 + rng.normal(size=(rows, *shape)) * (1 + rows)
         stats.update(torch.from_numpy(batch))
         stream.append(batch)
@@ -192,26 +207,26 @@ def test_observations_are_scaled_by_hand_arithmetic_and_clipped_at_both_sides():
 def test_normalising_alone_changes_no_statistics_and_updating_does():
     normalizer = core.ObservationNormalizer((2,), core.Config())
     obs = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32)
-    normalizer.update_and_normalize(obs)
+    normalizer.normalize(obs, update=True)
     before = {name: buffer.clone() for name, buffer in normalizer.named_buffers()}
     normalizer.normalize(obs + 5)
     for name, buffer in normalizer.named_buffers():
         assert torch.equal(buffer, before[name])
-    normalizer.update_and_normalize(obs + 5)
+    normalizer.normalize(obs + 5, update=True)
     assert normalizer.count == 100
     assert not torch.equal(normalizer.mean, before["mean"])
 
 
 def test_the_observations_of_a_step_count_before_they_are_normalised():
     normalizer = core.ObservationNormalizer((1,), core.Config())
-    scaled = normalizer.update_and_normalize(np.array([[-1.0], [3.0]], np.float32))
+    scaled = normalizer.normalize(np.array([[-1.0], [3.0]], np.float32), update=True)
     np.testing.assert_allclose(scaled.numpy(), [[-1.0], [1.0]], rtol=1e-6)
 
 
 def test_disabled_observation_normalisation_passes_raw_values():
     normalizer = core.ObservationNormalizer((2,), core.Config(norm_obs=False, clip_obs=0.1))
     obs = np.array([[1e4, -1e4]], np.float32)
-    assert torch.equal(normalizer.update_and_normalize(obs), torch.from_numpy(obs))
+    assert torch.equal(normalizer.normalize(obs, update=True), torch.from_numpy(obs))
     assert normalizer.count == 0
 
 

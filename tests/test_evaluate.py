@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import random
 
 import gymnasium as gym
@@ -147,6 +148,6 @@ def test_training_goes_on_to_the_bit_as_if_no_evaluation_had_been():
 
 def test_play_yields_one_frame_for_each_state_of_each_episode_in_turn():
     env, seeds = core.make_env(FALLS, "rgb_array"), SEEDS[:3]
-    frames = [int(frame[0, 0, 0]) for frame in core.play(lean, env, seeds)]
+    frames = [int(frame[0, 0, 0]) for frame in core.play(lean, env, seeds, math.inf)]
     expected = [list(range(alone(FALLS.env, lean, seed)[1], -1, -1)) for seed in seeds]
     assert frames == list(itertools.chain(*expected))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -95,6 +98,62 @@ class Reach(gym.Env):
         return np.array([self.x], np.float32), -(self.x**2), False, False, {}
 
 
+class Faulty(Reach):
+    """`Reach`, but `fault` befalls the copy that was reset with `seed`, in its `at`-th step.
+
+    A fault "in reset" befalls that reset, or with `at` > 0 the first one after it.
+    """
+
+    observation_space = Box(-np.inf, np.inf, (1,), np.float64)
+
+    def __init__(self, fault: str, seed: int, at: int = 3) -> None:
+        self.fault, self.seed, self.at, self.steps, self.mine = fault, seed, at, 0, False
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        obs, info = super().reset(seed=seed)
+        is_next = self.mine and self.at > 0 and seed is None
+        self.mine = seed == self.seed if seed is not None else self.mine
+        is_now = "in reset" in self.fault and (is_next or (self.mine and self.at == 0))
+        return self._suffer(obs, 0.0)[0] if is_now else obs, info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        obs, reward, *endings = super().step(action)
+        self.steps += 1
+        if self.mine and self.steps == self.at and "in reset" not in self.fault:
+            obs, reward = self._suffer(obs, reward)
+        return obs, reward, *endings
+
+    def _suffer(self, obs: np.ndarray, reward: float) -> tuple[np.ndarray, float]:
+        what, value = self.fault.split()[:2]
+        if what == "raise":
+            raise RuntimeError("the sky\nfell down")
+        if what == "hang":
+            time.sleep(3600)
+        if what == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return (obs * 0 + float(value), reward) if what == "obs" else (obs, float(value))
+
+
+class Wide(Reach):
+    """`Reach` with actions of any size, which it clips itself; observations of a type of choice."""
+
+    action_space = Box(-np.inf, np.inf, (1,), np.float32)
+
+    def __init__(self, bits: int = 32) -> None:
+        self.dtype = np.dtype(f"float{bits}")
+        self.observation_space = Box(-np.inf, np.inf, (1,), self.dtype)
+        self.largest = 0.0
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        obs, info = super().reset(**kwargs)
+        return obs.astype(self.dtype), info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.largest = max(self.largest, abs(float(action[0])))
+        obs, *rest = super().step(action)
+        return obs.astype(self.dtype), *rest
+
+
 class Shapes(gym.Env):
     """Never stepped: only its spaces matter."""
 
@@ -119,6 +178,8 @@ UNSUPPORTED = {  # name: spaces, and which of the two PPO cannot use
 gym.register("Toy/Script-v0", Script)
 gym.register("Toy/Falls-v0", Falls)
 gym.register("Toy/Reach-v0", Reach, max_episode_steps=10)
+gym.register("Toy/Faulty-v0", Faulty, max_episode_steps=10)
+gym.register("Toy/Wide-v0", Wide, max_episode_steps=10)
 for _name, (_spaces, _) in UNSUPPORTED.items():
     gym.register(_name, Shapes, kwargs=dict(zip(("observation", "action"), _spaces, strict=True)))
 
@@ -163,9 +224,10 @@ class Collection:
 
     def __init__(self, config: core.Config) -> None:
         self.learner = core.Learner(config)
-        self.envs, self.first_obs = core.make_vector_env(config, range(config.num_envs))
+        seeds = range(config.num_envs)
+        self.envs, self.first_obs = core.make_vector_env(config, seeds)
         self.normalizer = self.learner.obs_normalizer
-        first_obs = self.normalizer.update_and_normalize(self.first_obs)
+        first_obs = self.normalizer.normalize(self.first_obs, update=True)
         self.buffer = core.Rollout(config, first_obs, self.learner.dims[1])
         self.episodes: list[tuple[float, int]] = []
 

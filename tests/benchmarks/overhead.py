@@ -69,7 +69,7 @@ class Pair:
         envs, obs = core.make_vector_env(self.config, self.seeds)
         torch.manual_seed(0)
         normalizer = copy.deepcopy(self.learner.obs_normalizer)
-        first_obs = normalizer.update_and_normalize(obs)
+        first_obs = normalizer.normalize(obs)
         buffer = core.Rollout(self.config, first_obs, self.learner.dims[1])
         agent, space = self.learner.agent, envs.single_action_space
         clock = Clock()
@@ -150,7 +150,7 @@ def main() -> None:
 
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as `train` does while it collects
+    torch.set_num_threads(1)  # as a learner of small networks does
     measure_collection(config, max(1, args.steps // config.rollout_steps), args.repeats)
     torch.set_num_threads(threads)
     measure_shares(config)

@@ -1,0 +1,142 @@
+"""A resumed run learns, to the bit, as one in one piece that begins anew in its worlds there.
+
+Not in a checkpoint are the worlds themselves: a resume starts fresh ones, seeded by its step. All
+else must go on: so a run that was never stopped, whose worlds are replaced by the same rule at the
+same step, must have the same numbers to its end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toy_envs  # noqa: F401
+from helpers import BATCH, before_update, learned, rows, same, tiny, without_clock
+
+import walker_core as core
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+ITERATIONS = 5
+ADAPTIVE = {"lr_schedule": "adaptive", "learning_rate": 1e-3, "desired_kl": 1e-4}
+CASES = {
+    "truncations": {},  # Pendulum's, every 10 steps: a rollout of 16 ends within an episode
+    "terminations": {"env": "Toy/Falls-v0", "env_kwargs": ()},  # after 1 to 40 steps
+    "adaptive rate": ADAPTIVE,
+    "cosine, LayerNorm, two clips": {
+        **{"lr_schedule": "cosine", "layer_norm": True, "clip_obs": 1.5, "clip_reward": (-1, 2)},
+        **{"target_kl": 1e-3, "entropy_coef": 0.01},
+    },
+    "nothing normalised": {"norm_obs": False, "norm_reward": False, "lr_schedule": "constant"},
+    "async": {"vector_env": "async"},
+}
+
+
+def config_of(out: Path, case: dict[str, Any]) -> core.Config:
+    settings = {"total_timesteps": ITERATIONS * BATCH, "eval_every": 2 * BATCH, "seed": 3}
+    return tiny(out, **settings, **case)
+
+
+def train_in_one_piece(config: core.Config, ks: tuple[int, ...], monkeypatch) -> list[np.ndarray]:
+    """Train without a stop, in new worlds after k iterations, for each k.
+
+    Returns for each how long the episodes under way were, and 1 for one that had just ended.
+    """
+    collect, cut_off, replaced, done = core.collect_rollout, [], [], 0
+
+    def collect_in_new_worlds(envs, agent, normalizer, rollout):
+        nonlocal done
+        if done in ks:
+            cut_off.append(rollout.episode_length + rollout.ended)
+            step = done * config.batch_size
+            seeds = core.env_seeds(config.seed, core.TRAIN, config.num_envs, step=step)
+            envs, obs = core.make_vector_env(config, seeds)
+            replaced.append(envs)
+            fresh = core.Rollout(config, normalizer.normalize(obs), rollout.actions.shape[-1])
+            vars(rollout).update(vars(fresh))
+        done += 1
+        return collect(replaced[-1] if replaced else envs, agent, normalizer, rollout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "collect_rollout", collect_in_new_worlds)
+        core.train(config)
+    for envs in replaced:
+        envs.close()
+    return cut_off
+
+
+def train_with_stops(config: core.Config, ks: tuple[int, ...], monkeypatch) -> None:
+    """Train, stopped by a signal in each iteration k and resumed from last.pt."""
+    last, before = Path(config.out, core.LAST), 0
+    for k in ks:
+        with monkeypatch.context() as patch:
+            before_update(patch, k - before, lambda: signal.raise_signal(signal.SIGTERM))
+            counters, stopped_by = core.train(config, last if before else None)
+        assert (counters.iteration, stopped_by) == (k, signal.SIGTERM)
+        random.random(), np.random.rand(3), torch.rand(7)  # a new process has other generators
+        before = k
+    counters, stopped_by = core.train(config, last)
+    assert (counters.iteration, stopped_by) == (ITERATIONS, None)
+
+
+def without_clocks(counters: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in counters.items() if name != "wall_s"}
+
+
+@pytest.mark.parametrize("ks", [(2,), (4,), (1, 3)], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_equals_one_in_one_piece_to_the_bit(case, ks, tmp_path, monkeypatch):
+    whole, stopped = (config_of(tmp_path / name, CASES[case]) for name in ("whole", "stopped"))
+    cut_off = train_in_one_piece(whole, ks, monkeypatch)
+    assert len(cut_off) == len(ks)
+    assert all(lengths.all() for lengths in cut_off)  # none was about to begin by itself
+    train_with_stops(stopped, ks, monkeypatch)
+    assert len(rows(tmp_path / "whole")) == ITERATIONS
+    assert without_clock(rows(tmp_path / "stopped")) == without_clock(rows(tmp_path / "whole"))
+    for file in (core.LAST, core.BEST):
+        one, other = (Path(config.out, file) for config in (stopped, whole))
+        assert same(learned(one), learned(other))
+        one, other = (core.load_checkpoint(path)["counters"] for path in (one, other))
+        assert without_clocks(one) == without_clocks(other)
+
+
+def test_a_resume_with_other_cadences_learns_the_same(tmp_path, monkeypatch):
+    config = config_of(tmp_path / "a", {})
+    train_in_one_piece(config, (2,), monkeypatch)
+    other = dataclasses.replace(config, out=str(tmp_path / "b"), eval_every=0)
+    with monkeypatch.context() as patch:
+        before_update(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        core.train(other)
+    changed = {"eval_every": BATCH, "eval_episodes": 3, "checkpoint_every": BATCH}
+    core.train(dataclasses.replace(other, **changed), tmp_path / "b" / core.LAST)
+    assert same(learned(tmp_path / "a" / core.LAST), learned(tmp_path / "b" / core.LAST))
+
+
+def test_what_a_resume_starts_from_is_all_that_the_stopped_run_had(tmp_path, monkeypatch):
+    """To the bit, in memory: nothing is rounded on the way through the file."""
+    config, held = config_of(tmp_path, ADAPTIVE), {}
+    save = core.Learner.save
+
+    def noted(learner, name):
+        save(learner, name)
+        held[name] = snapshot(learner)
+
+    monkeypatch.setattr(core.Learner, "save", noted)
+    core.train(config)
+    learner = core.prepare_learner(config, tmp_path / core.LAST)
+    assert same(snapshot(learner), held[core.LAST])
+
+
+def snapshot(learner: core.Learner) -> dict[str, Any]:
+    parts = ("agent", "optimizer", "obs_normalizer", "reward_normalizer")
+    state = {part: dict(getattr(learner, part).state_dict()) for part in parts}
+    copied = torch.utils._pytree.tree_map(
+        lambda value: value.clone() if isinstance(value, torch.Tensor) else value, state
+    )
+    return copied | {"counters": dataclasses.asdict(learner.counters)}

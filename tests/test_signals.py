@@ -1,0 +1,217 @@
+"""Signals as a user sends them: Ctrl-C in a terminal, to a background job, twice, at any time."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from crash import checkpoint, leftovers, look
+from helpers import BATCH, flags, rows
+
+import walker_core as core
+
+ROOT = Path(__file__).resolve().parent.parent
+CTRL_C = b"\x03"
+ENDLESS = {"total_timesteps": 10**9, "eval_every": 2 * BATCH}
+NO_PICTURES = "core.export = lambda *args, **kwargs: None\n"
+SAY_AND_LINGER = """
+import functools, os, time
+def linger(function, *args, **kwargs):
+    os.write(1, b"here it is\\n")
+    until = time.monotonic() + {seconds}
+    while time.monotonic() < until:
+        time.sleep(0.01)
+    return function(*args, **kwargs)
+core.{name} = functools.partial(linger, core.{name})
+"""
+
+
+def until(what: Callable[[], bool]) -> None:
+    late = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < late, "it takes too long"
+        time.sleep(0.01)
+
+
+def says(out: Path) -> str:
+    return Path(f"{out}.log").read_text() if Path(f"{out}.log").exists() else ""
+
+
+def has_rows(out: Path) -> bool:
+    return (out / core.METRICS).exists() and len(rows(out)) > 2
+
+
+def check_whole_and_resumable(out: Path, trainings) -> None:
+    """All files are whole, the last row is last.pt's, and one more iteration can follow."""
+    assert not look(out, [])
+    assert leftovers(out) == []
+    counters = checkpoint(out / core.LAST)
+    done, batch = counters["iteration"], counters["step"] // max(counters["iteration"], 1) or BATCH
+    assert [int(row["iteration"]) for row in rows(out)] == list(range(1, done + 1))
+    goal = str((done + 1) * batch)
+    assert trainings.run(out, "--resume", "--total-timesteps", goal, hook=NO_PICTURES) == 0
+    assert [int(row["iteration"]) for row in rows(out)] == list(range(1, done + 2))
+
+
+class Terminal:
+    """A command on a terminal of its own, in its foreground; `text` is what it has shown."""
+
+    def __init__(self, *command: str) -> None:
+        self.text = ""
+        self.child, self.master = pty.fork()
+        if self.child == 0:
+            os.environ.pop("DISPLAY", None)
+            os.environ["OMP_NUM_THREADS"] = "1"
+            os.execv(command[0], command)
+
+    def shows(self, text: str) -> bool:
+        while select.select([self.master], [], [], 0)[0]:
+            try:
+                self.text += os.read(self.master, 1 << 16).decode(errors="replace")
+            except OSError:  # the other end is closed
+                break
+        return text in self.text
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.master, keys)
+
+    def code(self) -> int:
+        status = []
+
+        def ended() -> bool:
+            self.shows("")
+            status[:] = os.waitpid(self.child, os.WNOHANG)
+            return status[0] != 0
+
+        try:
+            until(ended)
+        except BaseException:
+            os.kill(self.child, signal.SIGKILL)
+            os.waitpid(self.child, 0)
+            raise
+        finally:
+            os.close(self.master)
+        return os.waitstatus_to_exitcode(status[1])
+
+
+@pytest.mark.parametrize("vector_env", ["sync", "async"])
+def test_ctrl_c_in_a_terminal_ends_the_iteration(vector_env, trainings, tmp_path):
+    long = {"rollout_steps": 1000, "update_epochs": 1, "minibatch_size": 1000}
+    typed = flags(tmp_path, **ENDLESS, **long, vector_env=vector_env)
+    terminal = Terminal(sys.executable, str(ROOT / "walker.py"), *typed)
+    until(lambda: terminal.shows("") and has_rows(tmp_path))
+    time.sleep(0.05)  # into a rollout, of which most is to come: its workers must live on
+    terminal.type(CTRL_C)
+    assert terminal.code() == 130
+    assert "once more to leave at once" in terminal.text
+    assert "Traceback" not in terminal.text
+    assert (tmp_path / core.FILM).exists()
+    check_whole_and_resumable(tmp_path, trainings)
+
+
+def test_ctrl_c_in_a_terminal_does_not_reach_the_encoder_of_the_film(trainings, tmp_path):
+    code = f"import sys\nsys.path.append({str(ROOT)!r})\nimport walker, walker_core as core\n"
+    code += "play = core.play\n"
+    code += "def slow(*args):\n    for i, frame in enumerate(play(*args)):\n"
+    code += "        print('frame', i, flush=True)\n        core.time.sleep(0.1)\n"
+    code += "        yield frame\n"
+    code += "core.play = slow\nsys.exit(walker.main())"
+    terminal = Terminal(sys.executable, "-c", code, *flags(tmp_path, eval_every=BATCH))
+    until(lambda: terminal.shows("frame 3"))
+    terminal.type(CTRL_C)
+    assert terminal.code() == 130
+    assert "Traceback" not in terminal.text
+    assert "no video" not in terminal.text
+    check_whole_and_resumable(tmp_path, trainings)
+
+
+def test_a_background_job_of_a_script_ends_with_a_sigterm(trainings, tmp_path):
+    script = '"$@" > /dev/null 2>&1 & echo $!; wait $!'
+    command = [sys.executable, str(ROOT / "walker.py"), *flags(tmp_path, **ENDLESS)]
+    shell = subprocess.Popen(["sh", "-c", script, "sh", *command], stdout=subprocess.PIPE)
+    job = int(shell.stdout.readline())
+    try:
+        until(lambda: has_rows(tmp_path))
+        os.kill(job, signal.SIGTERM)
+        assert shell.wait(60) == 143
+    finally:
+        shell.kill()
+        shell.stdout.close()
+    check_whole_and_resumable(tmp_path, trainings)
+
+
+def held(out: Path, trainings, name: str, seconds: float, **changes) -> int:
+    """A training that waits so long before it calls `core.NAME`; it is now there."""
+    hook = SAY_AND_LINGER.format(name=name, seconds=seconds)
+    hook += "" if name == "record_episode" else NO_PICTURES
+    child = trainings.start(out, *flags(out, **changes), hook=hook)
+    until(lambda: "here it is" in says(out))
+    return child
+
+
+def test_one_keypress_that_arrives_twice_counts_once(trainings, tmp_path):
+    out = tmp_path / "run"
+    child = held(out, trainings, "update", 1.0, **ENDLESS)
+    for _ in range(2):
+        os.kill(child, signal.SIGINT)
+        time.sleep(0.2)
+    assert trainings.wait() == 130
+    assert says(out).count("once more") == 1
+    assert len(rows(out)) == 1  # the iteration was ended
+    check_whole_and_resumable(out, trainings)
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_keypress_leaves_at_once(second, trainings, tmp_path):
+    out = tmp_path / "run"
+    child = held(out, trainings, "update", 30, **ENDLESS)
+    os.kill(child, signal.SIGINT)
+    time.sleep(1.2)
+    began = time.monotonic()
+    os.kill(child, second)
+    assert trainings.wait() == 128 + second
+    assert time.monotonic() - began < 5
+    assert rows(out) == []
+    check_whole_and_resumable(out, trainings)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_an_evaluation_lets_it_end_and_keeps_its_best(number, trainings, tmp_path):
+    out = tmp_path / "run"
+    child = held(out, trainings, "evaluate", 0.5, **ENDLESS)
+    os.kill(child, number)
+    assert trainings.wait() == 128 + number
+    assert [row["eval_return_mean"] != "" for row in rows(out)] == [False, True]
+    assert checkpoint(out / core.BEST)["step"] == checkpoint(out / core.LAST)["step"] == 2 * BATCH
+    check_whole_and_resumable(out, trainings)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_film_is_made_lets_it_end(number, trainings, tmp_path):
+    out = tmp_path / "run"
+    child = held(out, trainings, "record_episode", 0.5, eval_every=BATCH)
+    os.kill(child, number)
+    assert trainings.wait() == 128 + number
+    assert len(rows(out)) == 4  # the run was at its end
+    for name in (core.FILM, core.CURVES):
+        assert (out / name).exists()
+    check_whole_and_resumable(out, trainings)
+
+
+def test_a_second_keypress_while_the_film_is_made_leaves_the_films_before(trainings, tmp_path):
+    out = tmp_path / "run"
+    child = held(out, trainings, "record_episode", 30, eval_every=BATCH)
+    os.kill(child, signal.SIGINT)
+    time.sleep(1.2)
+    os.kill(child, signal.SIGINT)
+    assert trainings.wait() == 130
+    assert not (out / core.FILM).exists()
+    check_whole_and_resumable(out, trainings)
