@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,15 +135,20 @@ def train(rank: int, out: Path) -> dict[str, Any]:
         seen["after"].append(copy.deepcopy(agent.state_dict()))
         return metrics
 
+    def film(*args, **kwargs):
+        time.sleep(0.5)
+        (out / "filmed").touch()
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(core, "make_vector_env", make_vector_env)
         patch.setattr(core, "collect_rollout", collect_rollout)
         patch.setattr(core, "update", do_update)
-        patch.setattr(core, "export", lambda *args, **kwargs: None)
+        patch.setattr(core, "export", film)
         patch.setattr(dist, "init_process_group", lambda: None)  # it is
         patch.setenv("WORLD_SIZE", str(RANKS))
         counters, stopped_by = core.train(tiny(out, total_timesteps=8 * BATCH * RANKS))
-    return seen | {"step": counters.step, "stopped_by": stopped_by}
+    ending = {"step": counters.step, "stopped_by": stopped_by}
+    return seen | ending | {"filmed": (out / "filmed").exists()}
 
 
 def work(rank: int, folder: Path) -> None:
@@ -315,6 +321,11 @@ def test_processes_have_equal_networks_and_statistics_after_each_iteration(ranks
 def test_a_signal_to_one_process_ends_all_after_the_same_iteration(ranks):
     assert [found["train"]["step"] for found in ranks] == [STOP_AT * BATCH * RANKS] * RANKS
     assert [found["train"]["stopped_by"] for found in ranks] == [None, signal.SIGTERM]
+
+
+def test_no_process_returns_before_the_film_is_done(ranks):
+    """A launcher that sees one end with the code of a signal would end the others."""
+    assert [found["train"]["filmed"] for found in ranks] == [True] * RANKS
 
 
 def test_torchrun_trains_in_two_processes_and_one_can_go_on(launched):
