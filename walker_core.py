@@ -400,8 +400,8 @@ class RunningMeanStd(nn.Module):
         if dist.is_initialized():
             count, total, squares = before + sum_over_processes(self.sums() - before)
             self.count.copy_(count.max())
-            self.mean.copy_(total / count)
-            self.var.copy_(squares / count - self.mean**2)
+            self.mean.copy_(total / count.clamp(min=1))  # where nothing was seen yet: 0 / 0
+            self.var.copy_((squares / count.clamp(min=1) - self.mean**2).clamp(min=0))
 
 
 class ObservationNormalizer(RunningMeanStd):

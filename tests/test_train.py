@@ -677,7 +677,8 @@ def test_a_second_signal_leaves_at_once_unless_it_came_with_the_first(tmp_path):
     long = flags(tmp_path, rollout_steps=300_000, total_timesteps=10**9)  # minutes an iteration
     process = start(tmp_path, *long)
     try:
-        wait_for(process, (tmp_path / core.LAST).exists)
+        wait_for(process, (tmp_path / core.METRICS).exists)
+        time.sleep(1)  # the first iteration has begun
         process.send_signal(signal.SIGINT)
         wait_for(process, lambda: "once more" in (tmp_path / "err.txt").read_text())
         process.send_signal(signal.SIGINT)  # the same keypress, from a launcher that passes it on
