@@ -12,6 +12,7 @@ Shapes: T rollout steps, N environments, B rows of a minibatch, O observation, A
 from __future__ import annotations
 
 import ast
+import atexit
 import contextlib
 import dataclasses
 import io
@@ -1132,9 +1133,12 @@ def prepare_learner(config: Config, resume: str | Path | None) -> Learner:
     return learner
 
 
-def is_due(every: int, step: int, steps: int) -> bool:
-    """Whether the iteration of `steps` that ends at `step` is the first at a multiple, or past."""
-    return every > 0 and step // every > (step - steps) // every
+def is_due(every: int, step: int, steps: int, total: float = math.inf) -> bool:
+    """Whether the iteration of `steps` that ends at `step` is the first at a multiple, or past.
+
+    Or the last of `total` steps.
+    """
+    return every > 0 and (step // every > (step - steps) // every or step >= total)
 
 
 def evaluate_and_rank(learner: Learner, steps: int, log: RunLog) -> tuple[Metrics, bool]:
@@ -1144,8 +1148,7 @@ def evaluate_and_rank(learner: Learner, steps: int, log: RunLog) -> tuple[Metric
     the highest of many means over a few episodes is high by luck.
     """
     config, counters, threshold = learner.config, learner.counters, learner.threshold
-    is_last = counters.step >= config.total_timesteps
-    if not (is_due(config.eval_every, counters.step, steps) or (is_last and config.eval_every)):
+    if not is_due(config.eval_every, counters.step, steps, config.total_timesteps):
         return {}, False
     best = -math.inf if counters.best_return is None else counters.best_return
     seeds = env_seeds(config.seed, EVALUATE, config.eval_episodes)
@@ -1157,8 +1160,7 @@ def evaluate_and_rank(learner: Learner, steps: int, log: RunLog) -> tuple[Metric
         if returns.mean() >= threshold and counters.solved_step is None:
             counters.solved_step = counters.step
             counters.solved_wall_s = time.perf_counter() - learner.started
-            minutes = counters.solved_wall_s / 60
-            log.say(f"solved after {minutes:.1f} min: confirmed on 100 fresh episodes")
+            log.say(f"solved after {counters.solved_wall_s / 60:.1f} min, by 100 fresh episodes")
     is_best = bool(returns.mean() > best)
     if is_best:
         counters.best_return, counters.best_step = float(returns.mean()), counters.step
@@ -1237,6 +1239,7 @@ def train(
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun has started us
         dist.init_process_group()  # gloo for tensors on the CPU, NCCL for those on GPUs
+        atexit.register(dist.destroy_process_group)  # its threads would abort the exit
     rank, steps = process()[0], process()[1] * config.batch_size
     learner, out = prepare_learner(config, resume), Path(config.out)
     agent, counters, normalizer = learner.agent, learner.counters, learner.obs_normalizer
