@@ -1,7 +1,9 @@
-"""Pictures of training: from the files a run leaves on disk to PNGs.
+"""Pictures of training and of gaits: from the files a run leaves on disk to PNGs.
 
     python viz.py checkpoints_walker/metrics.csv    # one run: its training curves
     python viz.py */checkpoints_walker/metrics.csv  # several: settings and seeds compared
+    python viz.py videos/best.npz                   # an episode of `evaluate --record`: its gait
+    python viz.py videos/{step_200704,best}.npz     # several, side by side: the story of learning
 
 Works while training still writes, and knows nothing of networks or environments: `metrics.csv` has
 the numbers; `config.json` beside it, where there is one, the names, the seed and the threshold.
@@ -10,12 +12,12 @@ the numbers; `config.json` beside it, where there is one, the names, the seed an
 import argparse
 import itertools
 import json
-import math
-import os
 import re
 import sys
+import zlib
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -28,8 +30,14 @@ LEFT = "policy_loss", "approx_kl", "entropy", "explained_variance", "learning_ra
 RIGHT = "value_loss", "clip_fraction", "action_std"
 STAGES = {"collect": "collect_s", "update": "update_s", "evaluate": "eval_s"}
 X_AXES = (("step", "environment steps", 1), ("wall_s", "wall-clock minutes", 60))
-RUN_FOLDER = "checkpoints_walker"  # where a run keeps its metrics.csv
-NOT_SETTINGS = ("seed", "out")  # what may differ between the runs of one experiment
+
+# What an episode's .npz holds: what it is of a BipedalWalker, the last four.
+VALUE = "dt gamma reward_scale reward_clip episode rewards terminated values next_values".split()
+GAIT = [*VALUE, "hull", "joints", "knees", "contacts"]
+LEGS = {"hind": BLUE, "front": "#333333"}
+FOOT = 0.2  # this share of a shin, from its end up, is the foot
+# BipedalWalker in metres; in the plane of complex numbers, where to multiply is to turn.
+HULL, HIP = np.array([-30 + 9j, 6 + 9j, 34 + 1j, 34 - 8j, -30 - 8j]) / 30, -8j / 30
 
 
 class InputError(ValueError):
@@ -51,11 +59,10 @@ def read_metrics(path):
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    header, *lines = text.split("\n")
-    names = header.split(",")
+    # behind the last newline: nothing, or torn
+    names, *rows = [line.split(",") for line in text.split("\n")[:-1] or [text]]
     if "step" not in names:
-        raise InputError(f"{path}: no column 'step' in its first line, {header[:60]!r}")
-    rows = [line.split(",") for line in lines[:-1]]  # behind the last newline: nothing, or torn
+        raise InputError(f"{path}: no column 'step' in its first line, {text[:60]!r}")
     if rows and len(rows[-1]) < len(names):
         rows.pop()
     for number, row in enumerate(rows, start=2):
@@ -65,8 +72,7 @@ def read_metrics(path):
             row[:] = [float(cell or "nan") for cell in row]
         except ValueError as error:  # its message quotes the cell
             raise InputError(f"{path}, line {number}: {error}") from error
-    table = np.array(rows, dtype=np.float64).reshape(-1, len(names))
-    metrics = dict(zip(names, table.T, strict=True))
+    metrics = dict(zip(names, np.array(rows, float).reshape(-1, len(names)).T, strict=True))
     if not np.isfinite(metrics["step"]).all() or (np.diff(metrics["step"]) <= 0).any():
         raise InputError(f"{path}: 'step' must be a number that grows from row to row")
     return metrics
@@ -77,12 +83,9 @@ def read_config(metrics_path):
 
     Returns {} where there is no such file; raises ValueError where it is not a JSON object.
     """
-    path = Path(metrics_path)
-    path = path.with_name(path.name.removesuffix("metrics.csv") + "config.json")
-    if not path.exists():
-        return {}
+    path = Path(str(metrics_path).removesuffix("metrics.csv") + "config.json")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: not a JSON object: {error}") from error
 
@@ -91,18 +94,10 @@ class Run(NamedTuple):
     """One training run as its files tell it."""
 
     name: str  # its folder's, without a seed at the end
+    env: str  # without the module it is from
+    settings: dict  # what makes two runs one experiment: without seed, folder and remarks
     config: dict  # config.json; empty where there is none
     metrics: dict  # column name -> (rows,) float64, as `read_metrics` gives it
-
-    @property
-    def settings(self):
-        """What makes two runs one experiment: the config without seed, folder and remarks."""
-        keys = sorted(key for key in self.config if key not in NOT_SETTINGS and key[:1] != "_")
-        return {key: self.config[key] for key in keys}
-
-    @property
-    def env(self):
-        return str(self.config.get("env", self.name)).rpartition(":")[2]
 
     def column(self, name):
         """(rows,) values of a column; NaN where the file has no such column."""
@@ -118,11 +113,32 @@ class Run(NamedTuple):
 def load_run(metrics_path):
     """Read a metrics file and the config beside it; raises ValueError as the two readers do."""
     path, config = Path(metrics_path).resolve(), read_config(metrics_path)
-    folder = path.parent.parent if path.parent.name == RUN_FOLDER else path.parent
+    folder = path.parents[path.parent.name == "checkpoints_walker"]
     own = path.stem.removesuffix("metrics").rstrip("_")  # "pretrained" of pretrained_metrics.csv
     seed = rf"[-_. ]?seed[-_ ]?\d+$|[-_]{config.get('seed')}$"
     name = re.sub(seed, "", own or folder.name) or folder.parent.name
-    return Run(name, config, read_metrics(metrics_path))
+    env = str(config.get("env", name)).rpartition(":")[2]
+    settings = {k: config[k] for k in sorted(config) if k not in ("seed", "out") and k[:1] != "_"}
+    return Run(name, env, settings, config, read_metrics(metrics_path))
+
+
+def read_steps(path, names):
+    """Arrays of an .npz that `walker.py evaluate` wrote, float64; their first axis are the steps.
+
+    Raises InputError if it is another file, or lacks one of `names`; OSError if there is none.
+    """
+    try:
+        with open(path, "rb") as opened, np.load(opened) as file:
+            return {name: np.asarray(file[name], np.float64) for name in names}
+    except (KeyError, ValueError, TypeError, EOFError, RuntimeError, BadZipFile, zlib.error) as e:
+        raise InputError(f"{path}: no data of `walker.py evaluate`: {e.args[0]}") from e
+
+
+def load_gait(path):
+    """The first episode of an .npz, and what `name_gait` says of it."""
+    data = read_steps(path, GAIT)
+    data |= {name: data[name][data["episode"] == 0] for name in GAIT[4:]}
+    return data | name_gait(data)
 
 
 # ------------------------------------------------------------------------------------- the numbers
@@ -165,21 +181,19 @@ def episode_band(run, kind):
 def time_shares(run):
     """Where the wall-clock went: {"collect": share, …}, summing to 1; {} before the first row."""
     seconds = {name: np.nansum(run.column(column)) for name, column in STAGES.items()}
-    wall = np.nanmax(run.column("wall_s"), initial=0.0)
-    seconds["the rest"] = max(0.0, wall - sum(seconds.values()))
+    seconds["the rest"] = max(0, np.nanmax(run.column("wall_s"), initial=0) - sum(seconds.values()))
     total = sum(seconds.values())
     return {name: value / total for name, value in seconds.items()} if total else {}
 
 
 def headline(run):
     """The title of a run's curves: environment, seed, and the best evaluation so far."""
-    words = [run.env, f"seed {run.config['seed']}"] if "seed" in run.config else [run.env]
+    name = f"{run.env} · seed {run.config['seed']}" if "seed" in run.config else run.env
     mean, std, step, wall = run.evaluations()
-    best = "no evaluation yet"
-    if len(mean):
-        i = mean.argmax()
-        best = f"best evaluation {mean[i]:.0f} ± {std[i]:.0f} at {when(step[i], wall[i])}"
-    return " · ".join([*words, best])
+    if not len(mean):
+        return f"{name} · no evaluation yet"
+    i, at = mean.argmax(), when(step[mean.argmax()], wall[mean.argmax()])
+    return f"{name} · best evaluation {mean[i]:.0f} ± {std[i]:.0f} at {at}"
 
 
 def when(step, seconds):
@@ -240,12 +254,12 @@ def _label(run, differing):
     return ", ".join(values) or run.env
 
 
-def return_curve(run, x_name, evaluated):
+def return_curve(run, x_name, unit, evaluated):
     """Points x, y, each (points,): evaluation return, or the training episodes' mean return."""
     y = run.column("eval_return_mean") if evaluated else episode_band(run, "return")[0]
     x = run.column(x_name)
     drawn = np.isfinite(x) & np.isfinite(y)
-    return x[drawn], y[drawn]
+    return x[drawn] / unit, y[drawn]
 
 
 def mean_curve(curves, points=200):
@@ -267,6 +281,60 @@ def solved_return(runs, threshold):
     return found.pop() if threshold is None and len(found) == 1 else threshold
 
 
+def name_gait(data):
+    """The gait of an episode in a word, `gait`, and what was measured of it: metres, seconds, J.
+
+    The first of these that holds; `why` says it in words.
+    - falling: it ended in a fall, which pays -100 (the end of the course terminates, too);
+    - kneeling: a leg is down above its foot, the lowest fifth of a shin, in over 5 % of the steps;
+    - hopping: no leg is down in over 5 % of the steps, and both are in most of the others, or one
+      is in under 5 % of all;
+    - shuffling: a leg is down in over 90 % of the steps, or both in over 60 %, or a stride is under
+      0.5 m, a fifth of a leg: no leg swings clear;
+    - walking: none of these: the legs take turns, with or without a flight between.
+
+    Arrays: `down` and `knee`, (steps, 2), whether a leg is down, and above its foot; a lift of two
+    steps is chatter. `height` of the hull above the ground, `work` of all motors: (steps,).
+    `starts` of strides: when the leg with more of them came down. NaN: there is no such number.
+    """
+    dt, x, knees = data["dt"], data["hull"][:, 0], data["knees"]
+    down, knee = np.isfinite(data["contacts"][..., 0]), data["contacts"][..., 1] > FOOT
+    down[1:-2] |= down[:-3] & down[3:]  # a gap of two steps, now of one
+    down[1:-1] |= down[:-2] & down[2:]
+    starts = max((np.flatnonzero(np.diff(leg * 1) > 0) + 1 for leg in down.T), key=len)
+    height = data["hull"][:, 1] - knees[..., 2].mean(axis=1)
+    work = dt * np.abs(data["joints"][..., 1:].prod(axis=-1)).sum(axis=1)  # |rate × torque|
+    legs = sorted(LEGS, reverse=bool(np.diff(knees[..., 0].mean(axis=0)) >= 0))
+    distance, strides = x[-1] - x[0], max(1, len(starts))
+    air, one, both = (np.mean(down.sum(axis=1) == count) for count in range(3))
+    used, share, leg = down.mean(axis=0), knee.mean(axis=0).max(), legs[knee.mean(axis=0).argmax()]
+    hops = air > 0.05 and (both > one or used.min() < 0.05)
+    drags = used.max() > 0.9 or both > 0.6 or distance / strides < 0.5
+    gait = "hopping" if hops else "shuffling" if drags else "walking"
+    why = f"{len(starts)} strides of {distance / strides:.1f} m, {air:.0%} of the steps in the air"
+    if share > 0.05:
+        gait, why = "kneeling", f"the {leg} shin is on the ground in {share:.0%} of the steps"
+    if data["terminated"][-1] and data["rewards"][-1] <= -100:
+        gait, why = "falling", f"after {dt * len(x):.1f} s of {gait}"
+    found = {"gait": gait, "why": why.replace("%", " %"), "legs": legs, "starts": starts}
+    found |= {"down": down, "knee": knee, "height": height, "work": work}
+    found |= {"speed": distance / (dt * max(1, len(x) - 1)), "hull_height": height.mean()}
+    found["energy_per_m"] = work.sum() / distance if distance > 1 else np.nan
+    return found | {"stride_hz": (strides - 1) / (dt * np.ptp(starts)) if strides > 3 else np.nan}
+
+
+def realised_returns(data):
+    """Discounted normalised return from each step to its episode's end: (steps,).
+
+    Rewards are as in training; after a cut episode comes the value of its last observation.
+    """
+    rewards = np.clip(data["rewards"] / data["reward_scale"], *data["reward_clip"])
+    follows = np.where(data["terminated"], 0, data["next_values"])
+    for t in reversed(np.flatnonzero(np.diff(data["episode"]) == 0)):
+        follows[t] = rewards[t + 1] + data["gamma"] * follows[t + 1]
+    return rewards + data["gamma"] * follows
+
+
 # ------------------------------------------------------------------------------------ the pictures
 
 
@@ -278,9 +346,8 @@ def plot_training_curves(metrics_path, png_path, threshold=None):
     in .png; OSError where it cannot be written. A file already there is then left as it was.
     """
     run = load_run(metrics_path)
-    figure, end = _new_figure(8.6), run.metrics["step"].max(initial=0)
-    grid = figure.add_gridspec(3, 4, height_ratios=[2.4, 1, 1])
-    large = _new_axes(figure, grid[0, :], end)
+    (figure, grid), end = _new_figure(8.6, 4, [2.4, 1, 1]), run.metrics["step"].max(initial=0)
+    large = _new_axes(figure, grid[0, :], end, 13, X_AXES[0][1], "return per episode")
     _draw_returns(large, run, solved_return([run], threshold))
     length, *others, shares = [_new_axes(figure, grid[i], end, 10) for i in range(4, 12)]
     _draw_episodes(length, run, "length")
@@ -301,40 +368,133 @@ def plot_comparison(metrics_paths, png_path, threshold=None):
     `threshold` and errors as in `plot_training_curves`; ValueError too if no path is given.
     """
     runs = [load_run(path) for path in dict.fromkeys(map(str, metrics_paths))]
-    if not runs:
-        raise InputError("a comparison needs at least one metrics file, got none")
     evaluated = all(len(run.evaluations()[0]) for run in runs)
     kind = "evaluation return" if evaluated else "training return"
-    figure = _new_figure(5.2)
-    grid = figure.add_gridspec(1, 2)
+    figure, grid = _new_figure(5.2, 2)
     for i, (x_name, x_label, unit) in enumerate(X_AXES):
         ends = [np.nanmax(run.column(x_name), initial=0) / unit for run in runs]
-        axes = _new_axes(figure, grid[i], max(ends))
-        axes.set_xlabel(x_label, size=13)
+        axes = _new_axes(figure, grid[i], max(ends), 13, x_label, "" if i else kind)
         for (label, group), color in zip(group_runs(runs), itertools.cycle(PALETTE)):
-            curves = [return_curve(run, x_name, evaluated) for run in group]
-            _draw_group(axes, [(x / unit, y) for x, y in curves if len(x)], label, color)
+            curves = [return_curve(run, x_name, unit, evaluated) for run in group]
+            curves = [curve for curve in curves if len(curve[0])]
+            for x, y in curves:
+                _draw_line(axes, x, y, color, linewidth=0.9, alpha=0.5)
+            _draw_mean(axes, curves, color, label=f"{label} (n = {len(curves)})")
         _draw_threshold(axes, solved_return(runs, threshold))
     axes.sharey(figure.axes[0])
-    figure.axes[0].set_ylabel(kind, size=13)
     envs = {run.env for run in runs}
     title = f"{kind} of {len(runs)} runs"
     _save(figure, axes, f"{envs.pop()} · {title}" if len(envs) == 1 else title, png_path)
 
 
-def _new_figure(height):
+def plot_gait(npz_path, png_path):
+    """Draw the gait of an .npz's first episode to a PNG; returns its name, numbers and `text`.
+
+    Raises InputError where the file is not an episode of a BipedalWalker, or for the `png_path`.
+    """
+    gait, (figure, grid) = load_gait(npz_path), _new_figure(8.6, 4, [1.2, 0.7, 1.3, 1.3])
+    dt, hull, starts, joints = (gait[name] for name in ("dt", "hull", "starts", "joints"))
+    _, footfall = _draw_footfall(figure, grid[0, :], grid[1, :], gait, 12)
+    spans = list(itertools.pairwise(starts if len(starts) > 3 else [0, len(hull) - 1]))
+    end, unit = (100, "% of a stride") if len(spans) > 1 else (dt * (len(hull) - 1), "seconds")
+    hips, knees, angle = joints[:, ::2].T, joints[:, 1::2].T, hull[:, 2]
+    panels = {"hip angle, °": np.degrees(hips[0]), "knee angle, °": np.degrees(knees[0])}
+    panels |= {"hip torque, N m": hips[2], "knee torque, N m": knees[2]}
+    panels |= {"hull angle, °": [np.degrees(angle)], "hull height, m": [gait["height"]]}
+    panels |= {"speed, m/s": [hull[:, 3]], "motors' power, W": [gait["work"] / dt]}
+    for i, (name, values) in enumerate(panels.items()):
+        axes = _new_axes(figure, grid[8 + i], end, 10, unit)
+        axes.set_title(name, loc="left", size=10)
+        for y, color in zip(values, map(LEGS.get, gait["legs"]), strict=False):
+            curves = [(np.linspace(0, end, b + 1 - a), y[a : b + 1]) for a, b in spans]
+            _draw_mean(axes, curves, color)
+    text = "{gait}: {why}\n{speed:.1f} m/s · {energy_per_m:.0f} J/m · hull {hull_height:.1f} m high"
+    text = (text + " · {stride_hz:.1f} strides/s").format(**gait).replace("nan", "–")
+    _save(figure, footfall, f"{Path(npz_path).stem} · {text}", png_path)
+    print(text)
+    return {name: value for name, value in gait.items() if np.ndim(value) == 0} | {"text": text}
+
+
+def plot_story(npz_paths, png_path):
+    """Draw the gaits of several .npz side by side, in the order given; errors as in `plot_gait`."""
+    gaits = {Path(path).stem: load_gait(path) for path in npz_paths}
+    figure, grid = _new_figure(4, len(gaits), [1.5, 1])
+    for i, (name, gait) in enumerate(gaits.items()):
+        strip, axes = _draw_footfall(figure, grid[0, i], grid[1, i], gait, 12 // len(gaits) or 1)
+        strip.set_title(f"{name}\n{gait['gait']}, {gait['speed']:.1f} m/s", weight="bold", size=13)
+    _save(figure, axes, " → ".join(gait["gait"] for gait in gaits.values()), png_path)
+
+
+def plot_value(npz_path, png_path):
+    """Draw predicted against realised returns, and the error over the time to go, to a PNG.
+
+    Returns a line with three numbers: explained variance, bias (the mean of prediction - return)
+    and RMSE, over all steps, in normalised reward. Errors as in `plot_gait`.
+    """
+    data, (figure, grid) = read_steps(npz_path, VALUE), _new_figure(5.2, 2)
+    predicted, realised = data["values"], realised_returns(data)
+    error, steps, variance = predicted - realised, np.arange(len(realised)), realised.var()
+    explained, rmse = 1 - error.var() / (variance or np.nan), np.sqrt(np.mean(error**2))
+    text = f"explained variance {explained:.3f}, bias {error.mean():+.3f}, RMSE {rmse:.3f}"
+    ends = np.flatnonzero(np.diff(data["episode"], append=np.nan))
+    to_go = data["dt"] * (ends[np.searchsorted(ends, steps)] - steps)
+    labels = ("predicted value", "realised return"), ("seconds to go", "predicted − realised")
+    for i, (x, y) in enumerate(((predicted, realised), (to_go, error))):
+        axes = _new_axes(figure, grid[i], x.max(), 13, *labels[i])
+        axes.set_xlim(x.min(), x.max() + 1e-9)
+        axes.plot(x, y, ".", color=BLUE, alpha=0.1, markersize=2)
+        bins = np.array_split(np.argsort(x), min(30, len(x)))
+        at, mean, std = zip(*((x[b].mean(), y[b].mean(), y[b].std()) for b in bins), strict=True)
+        axes.errorbar(at, mean, std, color=ORANGE, label="mean ± std")
+        axes.axline((0, 0), slope=1 - i, color=GREEN, linestyle="--", label="perfect")
+    _save(figure, axes, f"{Path(npz_path).stem} · {text}", png_path)
+    return f"value: {text}"
+
+
+def _draw_footfall(figure, above, below, gait, moments):
+    """Below, when each leg is down; above, the walker at some moments of it: returns both axes.
+
+    Three seconds: in the middle of the episode, or before a fall the last. Red is what kneels.
+    """
+    dt, steps = gait["dt"], min(len(gait["hull"]), round(3 / gait["dt"]))
+    start = (len(gait["hull"]) - steps) // (1 if gait["gait"] == "falling" else 2)
+    axes = _new_axes(figure, below, dt * (start + steps), 10, "seconds")
+    axes.set(xlim=(dt * start, dt * (start + steps)), yticks=(0, 1), yticklabels=gait["legs"])
+    strip = figure.add_subplot(above, xlim=(0, 2.4 * moments), ylim=(-0.2, 3), aspect="equal")
+    strip.set_axis_off()
+    strip.axhline(0, color=GREEN)
+    t = start + ((np.arange(moments) + 0.5) / moments * steps).astype(int)
+    centre = 2.4 * np.arange(moments) + 1.2 + 1j * gait["height"][t]
+    turn = np.exp(1j * gait["hull"][t, 2])
+    hull, hip = centre + HULL[:, None] * turn, centre + HIP * turn
+    strip.fill(hull.real, hull.imag, color="#999999")
+    for leg, color in enumerate(map(LEGS.get, gait["legs"])):
+        knee = centre + (gait["knees"][t, leg, :2] - gait["hull"][t, :2]) @ (1, 1j)
+        foot = knee - (hip - knee) * np.exp(1j * gait["joints"][t, 2 * leg + 1, 0])
+        thigh, shin = np.array([[hip, knee], [knee, foot]])
+        for line, shade in ((thigh, color), (shin, color), (shin[:, gait["knee"][t, leg]], RED)):
+            strip.plot(line.real, line.imag, color=shade, linewidth=3)
+        labels = f"{gait['legs'][leg]} foot down", "shin or knee down" * leg  # that one once
+        for name, shade, label in zip(("down", "knee"), (color, RED), labels, strict=True):
+            bars = [(dt * t, dt) for t in np.flatnonzero(gait[name][:, leg])]
+            axes.broken_barh(bars, (leg - 0.4, 0.8), color=shade, linewidth=0, label=label)
+    return strip, axes
+
+
+def _new_figure(height, columns, ratios=(1,)):
+    """A figure and its grid, with rows in these ratios."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    return Figure(figsize=(11, height), dpi=160, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(11, height), dpi=160, layout="constrained", facecolor="white")
+    return figure, figure.add_gridspec(len(ratios), columns, height_ratios=ratios)
 
 
-def _new_axes(figure, cell, end, size=13):
-    """Plain axes over x from 0 to `end`, with tick labels of `size` points."""
-    axes = figure.add_subplot(cell)
-    axes.spines[:].set_visible(False)
+def _new_axes(figure, cell, end, size=13, x_label="", y_label=""):
+    """Plain axes over x from 0 to `end`, with labels of `size` points."""
+    axes = figure.add_subplot(cell, frame_on=False, axisbelow=True, xlim=(0, 1.01 * end or 1))
+    axes.set_xlabel(x_label, size=size)
+    axes.set_ylabel(y_label, size=size)
     axes.grid(color="#E6E6E6")
-    axes.set_axisbelow(True)
-    axes.set_xlim(0, 1.01 * end or 1)
     axes.locator_params(nbins=6 if size > 10 else 4)
     axes.xaxis.set_major_formatter(lambda x, _: short(x))
     axes.tick_params(labelsize=size, length=0, pad=6)
@@ -359,17 +519,13 @@ def _draw_episodes(axes, run, kind):
 
 def _draw_returns(axes, run, threshold):
     """The large panel: training and evaluation return, and where the threshold was reached."""
-    axes.set_xlabel("environment steps", size=13)
-    axes.set_ylabel("return per episode", size=13)
     _draw_episodes(axes, run, "return")
     mean, std, step, wall = run.evaluations()
     axes.fill_between(step, mean - std, mean + std, color=BLUE, alpha=0.22, linewidth=0)
     line = "o-" if len(mean) < 50 else "-"  # more markers would hide the line
-    label = "evaluation: mean ± std"
-    axes.plot(step, mean, line, color=BLUE, linewidth=2.4, markersize=5, label=label)
+    axes.plot(step, mean, line, color=BLUE, lw=2.4, ms=5, label="evaluation: mean ± std")
     _draw_threshold(axes, threshold)
-    reached = np.flatnonzero(mean >= threshold) if threshold is not None else []
-    for i in reached[:1]:
+    for i in np.flatnonzero(mean >= (np.inf if threshold is None else threshold))[:1]:
         axes.axvline(step[i], color=GREEN, linestyle=":")
         axes.plot(step[i], mean[i], "*", color=GREEN, markersize=18, markeredgecolor="white")
         text = f" {threshold:g} reached \n {when(step[i], wall[i])} "
@@ -380,8 +536,7 @@ def _draw_returns(axes, run, threshold):
 
 def _draw_threshold(axes, threshold):
     if threshold is not None:
-        label = f"solved ({threshold:g})"
-        axes.axhline(threshold, color=GREEN, linewidth=1.8, linestyle="--", label=label)
+        axes.axhline(threshold, color=GREEN, lw=1.8, ls="--", label=f"solved ({threshold:g})")
 
 
 def _draw_panel(axes, run, name, color, side):
@@ -389,13 +544,12 @@ def _draw_panel(axes, run, name, color, side):
     step, values = run.metrics["step"], run.column(name)
     axes.set_title(name.replace("_", " "), loc=side, color=color, size=10)
     axes.tick_params(axis="y", which="both", labelsize=10, length=0)
-    axes.spines[:].set_visible(False)
     _draw_line(axes, step, values, color, linewidth=0.8, alpha=0.25)
     _draw_line(axes, step, smooth(values), color, linewidth=1.6)
     if name == "learning_rate" and spans_decades(values):
         axes.set_yscale("log")
         return
-    axes.set_ylim(limits(values))
+    axes.set(ylim=limits(values), frame_on=False)
     axes.locator_params(axis="y", nbins=4)
     axes.yaxis.set_major_formatter(lambda y, _: short(y))
 
@@ -406,26 +560,22 @@ def _draw_shares(axes, shares):
     axes.grid(visible=False)
     bars = axes.barh(list(shares), list(shares.values()), color=BLUE)
     axes.bar_label(bars, [f"{100 * share:.0f} %" for share in shares.values()], padding=3, size=10)
-    axes.set_xlim(0, 1.3 * max(shares.values(), default=1))
-    axes.set_xticks([])
-    axes.set_yticks(range(len(shares)), list(shares))
+    axes.set(xlim=(0, 1.3 * max(shares.values(), default=1)), xticks=[], yticks=list(shares))
     axes.invert_yaxis()
 
 
-def _draw_group(axes, curves, label, color):
-    """The runs of a group, thin, and on top of them their mean ± std where all of them are."""
-    for x, y in curves:
-        _draw_line(axes, x, y, color, linewidth=0.9, alpha=0.5)
+def _draw_mean(axes, curves, color, label=None):
+    """Mean ± std of curves, where all of them are."""
     x, mean, spread = mean_curve(curves) if curves else np.empty((3, 0))
     axes.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
-    axes.plot(x, mean, color=color, linewidth=2.6, label=f"{label} (n = {len(curves)})")
+    axes.plot(x, mean, color=color, linewidth=2.6, label=label)
 
 
 def _save(figure, axes, title, png_path):
     """Put title and legend on top, and write the PNG whole or not at all."""
     handles, labels = axes.get_legend_handles_labels()
     columns = np.clip(108 // (7 + max(map(len, labels))), 1, 4)  # what fits the width
-    bold = {"weight": "bold", "size": min(15, 1250 / len(title))}
+    bold = {"weight": "bold", "size": min(15, 1250 / max(map(len, title.splitlines())))}
     style = {"loc": "outside upper left", "alignment": "left", "frameon": False, "fontsize": 13}
     figure.legend(handles, labels, title=title, title_fontproperties=bold, ncols=columns, **style)
     path = Path(png_path)
@@ -435,7 +585,7 @@ def _save(figure, axes, title, png_path):
     part = path.with_name(f".{path.stem}.tmp.png")
     try:
         figure.savefig(part)
-        os.replace(part, path)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -449,21 +599,22 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv=None):
-    """`python viz.py METRICS.csv …`: the exit code; 2, and one line, for a user's mistake."""
-    parser = _Parser(prog="viz.py", description="Draw a run's training curves, or compare runs.")
-    parser.add_argument("metrics", nargs="+", type=Path, help="metrics.csv of a run, or of several")
+    """`python viz.py FILE …`: the exit code; 2, and one line, for a user's mistake."""
+    parser = _Parser(prog="viz.py", description="Draw a training or a gait, or compare several.")
+    parser.add_argument("metrics", nargs="+", type=Path, help="metrics.csv of runs, or .npz")
     parser.add_argument("--out", type=Path, help="PNG to write (default: in the folder plots)")
     parser.add_argument("--threshold", type=float, help="return that is solved (default: config's)")
     try:
         args = parser.parse_args(argv)
-        if args.threshold is not None and not math.isfinite(args.threshold):
+        if args.threshold is not None and not np.isfinite(args.threshold):
             raise InputError(f"--threshold must be a finite number, got {args.threshold}")
-        if len(args.metrics) > 1:
-            out = args.out or Path("plots", "comparison.png")
-            plot_comparison(args.metrics, out, args.threshold)
+        files, out = args.metrics, args.out or _default_png(args.metrics)
+        if files[0].suffix == ".npz":
+            plot_story(files, out) if len(files) > 1 else plot_gait(files[0], out)
+        elif len(files) > 1:
+            plot_comparison(files, out, args.threshold)
         else:
-            out = args.out or _default_png(args.metrics[0])
-            plot_training_curves(args.metrics[0], out, args.threshold)
+            plot_training_curves(files[0], out, args.threshold)
     except (InputError, OSError) as error:
         print(f"viz.py: {error}", file=sys.stderr)
         return 2
@@ -471,11 +622,14 @@ def main(argv=None):
     return 0
 
 
-def _default_png(metrics):
-    path = metrics if metrics.parent.name else metrics.absolute()
-    if path.parent.name == RUN_FOLDER and path.name == "metrics.csv":
-        return path.parent.parent / "plots" / "training_curves.png"
-    return metrics.with_suffix(".png")
+def _default_png(files):
+    path = files[0] if files[0].parent.name else files[0].absolute()
+    if len(files) > 1:
+        return Path("plots", "story.png" if path.suffix == ".npz" else "comparison.png")
+    in_run = path.parts[-2:] == ("checkpoints_walker", "metrics.csv")
+    name = "training_curves" if in_run else path.stem + "_gait" * (path.suffix == ".npz")
+    plots = path.parents[1] / "plots" if in_run or path.parent.name == "videos" else path.parent
+    return plots / f"{name}.png"
 
 
 if __name__ == "__main__":
