@@ -15,33 +15,36 @@ import ast
 import atexit
 import contextlib
 import dataclasses
+import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import typing
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+import pydantic
 import torch
 import torch.distributed as dist
-import typeguard
 from filelock import FileLock, Timeout
+from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -50,7 +53,7 @@ __version__ = "0.1.0"
 CHECKPOINT_FORMAT = 1  # raised when a checkpoint's contents change their meaning
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A mistake in what was asked for: shown as one line, exit code 2."""
 
 
@@ -94,76 +97,93 @@ def any_process(flag: bool) -> bool:
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
 
+# What a setting may be. A bool is no number here, and NaN and infinity are none either.
+Name = Annotated[str, Field(pattern=r"\S")]
+Count = Annotated[int, Field(ge=1)]
+Cadence = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Sizes = Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=1)]
+STRICT = pydantic.ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
-def within(bounds: str, default: Any) -> Any:
-    """A setting whose numbers lie in an interval: [0, 1) is 0 ≤ x < 1."""
-    return dataclasses.field(default=default, metadata={"bounds": bounds})
+
+class Checked:
+    """Plain values, checked on creation. UserError names the first wrong one and what is right."""
+
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def _check(cls, values: Any, check: Callable) -> Any:
+        try:
+            return check(values)
+        except pydantic.ValidationError as error:
+            name, why = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
+            flag, value = str(name).replace("_", "-"), values.kwargs.get(name)
+            why = why.replace("Input should", "it must")
+            raise UserError(f"--{flag} is {value!r}: {why}") from None
 
 
-@dataclass(frozen=True)
-class Config:
-    """Settings of one run; each is also a flag of `walker.py`. Validated once, on creation.
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class Config(Checked):
+    """Settings of one run; each is also a flag of `walker.py`. Validated once, on creation."""
 
-    Raises UserError that names the field, its value and what would be right.
-    """
-
-    env: str = "BipedalWalker-v3"  # Gymnasium id; `module:EnvId` imports the module first
+    env: Name = "BipedalWalker-v3"  # Gymnasium id; `module:EnvId` imports the module first
     env_kwargs: tuple[str, ...] = ()  # arguments of the environment, each as KEY=VALUE
-    total_timesteps: int = within("[1, inf)", 1_000_000)  # environment steps of the whole run
-    seed: int = within("[0, 4294967295]", 1)  # of networks, sampling and every environment
+    total_timesteps: Count = 1_000_000  # environment steps of the whole run
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # of networks, sampling and every environment
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where present, else cpu
-    out: str = "."  # folder in which checkpoints_walker/, videos/ and plots/ are made
-    init_from: str | None = None  # start from this checkpoint's weights and observation statistics
+    out: Name = "."  # folder in which checkpoints_walker/, videos/ and plots/ are made
+    init_from: Name | None = None  # start from this checkpoint's weights and observation statistics
 
     vector_env: Literal["sync", "async", "envpool"] = "sync"  # how the environments are stepped
-    num_envs: int = within("[1, 100000]", 8)  # environments stepped together (N)
-    rollout_steps: int = within("[2, 1000000]", 256)  # steps of each between two updates (T)
-    step_timeout: float = within("(0, inf)", 60.0)  # seconds until an async environment has hung
+    num_envs: Annotated[int, Field(ge=1, le=100_000)] = 8  # environments stepped together (N)
+    rollout_steps: Annotated[int, Field(ge=2, le=1_000_000)] = 256  # steps of each per update (T)
+    step_timeout: Positive = 60.0  # seconds until an async environment has hung
     norm_obs: bool = True  # normalise observations by their running mean and variance
     norm_reward: bool = True  # divide rewards by the running std of the discounted return
-    clip_obs: float = within("(0, inf)", 10.0)  # clip normalised observations to ± this
-    clip_reward: tuple[float, float] = within("(-inf, inf)", (-10.0, 10.0))  # normalised: LOW HIGH
+    clip_obs: Positive = 10.0  # clip normalised observations to ± this
+    clip_reward: tuple[float, float] = (-10.0, 10.0)  # normalised: LOW HIGH
 
-    actor_hidden: tuple[int, ...] = within("[1, 4096]", (64, 64))  # layer sizes of the policy
-    critic_hidden: tuple[int, ...] = within("[1, 4096]", (64, 64))  # and of the value function
+    actor_hidden: Sizes = (64, 64)  # layer sizes of the policy
+    critic_hidden: Sizes = (64, 64)  # and of the value function
     activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"  # of the hidden layers
     layer_norm: bool = False  # LayerNorm before each activation
-    init_std: float = within("[0.001, 10]", 1.0)  # initial standard deviation of the actions
+    mean_activation: Literal["none", "tanh"] = "none"  # tanh: mean actions stay within ±1
+    init_std: Annotated[float, Field(ge=0.001, le=10)] = 1.0  # initial std of the actions
+    state_dependent_std: bool = False  # the policy network gives the standard deviation too
 
-    learning_rate: float = within("(0, inf)", 3e-4)  # of Adam; where the schedule starts
+    learning_rate: Positive = 3e-4  # of Adam; where the schedule starts
+    value_learning_rate: Positive | None = None  # of the value function, if another
     lr_schedule: Literal["constant", "linear", "cosine", "adaptive"] = "linear"  # adaptive: by KL
-    desired_kl: float = within("(0, inf)", 0.01)  # per update, that the adaptive schedule steers to
-    gamma: float = within("[0, 1]", 0.99)  # discount factor
-    gae_lambda: float = within("[0, 1]", 0.95)  # λ of generalised advantage estimation
-    clip_eps: float = within("(0, inf)", 0.2)  # the probability ratio is clipped to 1 ± this
-    entropy_coef: float = within("[0, inf)", 0.0)  # weight of the entropy bonus
-    value_coef: float = within("[0, inf)", 0.5)  # weight of the value loss
-    max_grad_norm: float = within("(0, inf)", 0.5)  # the gradient's norm is clipped to this
-    update_epochs: int = within("[1, inf)", 5)  # passes over each rollout
-    minibatch_size: int = within("[2, inf)", 256)  # rows of one gradient step (B)
-    target_kl: float | None = within("(0, inf)", None)  # end an update whose KL exceeds 1.5 × this
+    desired_kl: Positive = 0.01  # per update, that the adaptive schedule steers to
+    gamma: Share = 0.99  # discount factor
+    gae_lambda: Share = 0.95  # λ of generalised advantage estimation
+    clip_eps: Positive = 0.2  # the probability ratio is clipped to 1 ± this
+    clip_value_eps: Positive | None = None  # an update moves values at most so far
+    entropy_coef: Weight = 0.0  # weight of the entropy bonus
+    value_coef: Weight = 0.5  # weight of the value loss
+    max_grad_norm: Positive = 0.5  # the gradient's norm is clipped to this
+    update_epochs: Count = 5  # passes over each rollout
+    minibatch_size: Annotated[int, Field(ge=2)] = 256  # rows of one gradient step (B)
+    target_kl: Positive | None = None  # end an update whose KL exceeds 1.5 × this
 
-    eval_every: int = within("[0, inf)", 100_000)  # steps between evaluations; 0: never
-    eval_episodes: int = within("[1, inf)", 10)  # episodes of each periodic evaluation
-    checkpoint_every: int = within("[0, inf)", 0)  # steps between kept step_N.pt; 0: none are kept
+    eval_every: Cadence = 100_000  # steps between evaluations; 0: never
+    eval_episodes: Count = 10  # episodes of each periodic evaluation
+    checkpoint_every: Cadence = 0  # steps between kept step_N.pt; 0: none are kept
+    record_every: Cadence = 0  # steps between films of the policy; 0: only one at the end
+    tensorboard: bool = False  # write the columns of metrics.csv for TensorBoard too
     stop_when_solved: bool = False  # end the run once 100 fresh episodes confirm the threshold
 
-    def __post_init__(self) -> None:
-        kinds = typing.get_type_hints(Config)
-        for field in dataclasses.fields(self):
-            kind, bounds = kinds[field.name], field.metadata.get("bounds")
-            right = f"{field.type} in {bounds}" if bounds else field.type
-            ok = _is_right(getattr(self, field.name), kind, bounds)
-            self._check(field.name, ok, right)
-        self._check("env_kwargs", all("=" in pair for pair in self.env_kwargs), "KEY=VALUE, each")
-        self._check("clip_reward", self.clip_reward[0] < self.clip_reward[1], "LOW < HIGH")
-        most = f"at most the batch, num_envs × rollout_steps = {self.batch_size}"
-        self._check("minibatch_size", self.minibatch_size <= self.batch_size, most)
-
-    def _check(self, name: str, ok: bool, right: str) -> None:
-        if not ok:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is {getattr(self, name)!r}: it must be {right}")
+    @pydantic.model_validator(mode="after")
+    def _check_together(self) -> Config:
+        if not all("=" in pair for pair in self.env_kwargs):
+            raise UserError(f"--env-kwargs is {self.env_kwargs}: it must be KEY=VALUE, each")
+        if not self.clip_reward[0] < self.clip_reward[1]:
+            raise UserError(f"--clip-reward is {self.clip_reward}: it must be LOW < HIGH")
+        if self.minibatch_size > self.batch_size:
+            most = f"at most the batch, num_envs × rollout_steps = {self.batch_size}"
+            raise UserError(f"--minibatch-size is {self.minibatch_size}: it must be {most}")
+        return self
 
     @classmethod
     def for_env(cls, env: str, **settings: Any) -> Config:
@@ -182,9 +202,8 @@ class Config:
     @property
     def num_minibatches(self) -> int:
         """At most as many as there are transitions where every second row is a reset row."""
-        return min(
-            self.batch_size // self.minibatch_size, self.num_envs * (self.rollout_steps // 2)
-        )
+        most = self.num_envs * (self.rollout_steps // 2)
+        return min(self.batch_size // self.minibatch_size, most)
 
     @property
     def env_options(self) -> dict[str, Any]:
@@ -204,22 +223,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["BipedalWalkerHardcore-v3"] = PRESETS["BipedalWalker-v3"] | {"total_timesteps": 20_000_000}
 
 
-def _is_right(value: Any, kind: Any, bounds: str | None) -> bool:
-    """Whether a value is of a setting's type; its names not empty, its numbers within bounds."""
-    try:
-        every = typeguard.CollectionCheckStrategy.ALL_ITEMS
-        typeguard.check_type(value, kind, collection_check_strategy=every)
-    except typeguard.TypeCheckError:
-        return False
-    items = [x for x in (value if isinstance(value, tuple) else (value,)) if x is not None]
-    if bounds is None:
-        return all(not isinstance(x, str) or x.strip() != "" for x in items)
-    low, high = map(float, bounds[1:-1].split(","))
-    edges = [edge for edge, mark in ((low, bounds[0]), (high, bounds[-1])) if mark in "[]"]
-    in_bounds = (type(x) is not bool and (low < x < high or x in edges) for x in items)
-    return (value is None or len(items) > 0) and all(in_bounds)
-
-
 def plain_settings(config: Config) -> dict[str, Any]:
     """What a config.json and a checkpoint hold: all settings but `out`, which is where they lie."""
     return {k: v for k, v in dataclasses.asdict(config).items() if k != "out"}
@@ -231,8 +234,8 @@ def config_from_dict(settings: dict[str, Any], source: str | Path) -> Config:
     values.pop("_about", None)
     try:
         return Config.for_env(values.pop("env", Config.env), **values)
-    except (UserError, TypeError) as error:  # TypeError: a name that is no setting
-        raise UserError(f"{source}: {str(error).removeprefix('Config.__init__() ')}") from None
+    except (UserError, TypeError) as error:  # TypeError: a name that is no string
+        raise UserError(f"{source}: {error}") from None
 
 
 # ==== 2. Environments =============================================================================
@@ -299,12 +302,31 @@ def make_env(config: Config, render_mode: str | None = None, name: str = "enviro
         raise UserError(f"--env {config.env} cannot be made: {why}") from error
     if render_mode and render_mode not in env.metadata.get("render_modes", ()):
         raise UserError(f"--env {config.env} cannot render")
-    obs, action = env.observation_space, env.action_space
-    for space, what in ((obs, "observation"), (action, "action")):
-        is_vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-        if not is_vector or not np.issubdtype(space.dtype, np.floating):
-            raise UserError(f"--env {config.env}: its {what} space must be a float vector (Box)")
+    if is_image(env.observation_space):  # grey, half as large, four in a row: they show speed
+        small = Box(0, 255, grey_half(env.observation_space.low).shape, np.uint8)
+        env = gym.wrappers.TransformObservation(env, grey_half, small)
+        env = gym.wrappers.FrameStackObservation(env, 4)
+    elif not is_vector(env.observation_space):
+        raise UserError(f"--env {config.env}: its observations are no float vector, nor an image")
+    if not is_vector(env.action_space) and not isinstance(env.action_space, Discrete):
+        raise UserError(f"--env {config.env}: its actions are no float vector, nor Discrete")
     return Reporting(env, name)
+
+
+def is_vector(space: gym.Space) -> bool:
+    fits = isinstance(space, Box) and len(space.shape) == 1
+    return fits and np.issubdtype(space.dtype, np.floating)
+
+
+def is_image(space: gym.Space) -> bool:
+    """Height, width and colours, large enough for the convolutions."""
+    fits = isinstance(space, Box) and len(space.shape) == 3 and space.dtype == np.uint8
+    return fits and min(space.shape[:2]) >= 40
+
+
+def grey_half(image: np.ndarray) -> np.ndarray:
+    """Every second pixel of (H, W, 3), without its colour."""
+    return image[::2, ::2].mean(-1).astype(np.uint8)
 
 
 def _worker_env(config: Config, index: int) -> gym.Env:
@@ -368,6 +390,8 @@ def _make_envpool(config: Config, seeds: Sequence[int]) -> VectorEnv:
         raise UserError("--vector-env envpool needs `pip install envpool`") from error
     if config.env not in envpool.list_all_envs():
         raise UserError(f"--vector-env envpool has no {config.env}: use sync or async")
+    if is_image(make_env(config).unwrapped.observation_space):
+        raise UserError("--vector-env envpool gives single frames, not four: use sync or async")
     settings = {"num_envs": config.num_envs, "seed": list(seeds), "num_threads": os.cpu_count()}
     return envpool.make_gymnasium(config.env, **settings, **config.env_options)
 
@@ -406,17 +430,20 @@ class RunningMeanStd(nn.Module):
 
 
 class ObservationNormalizer(RunningMeanStd):
-    """Observations by their running mean and variance, clipped. Lives on the CPU, as they do."""
+    """Observations by their running mean and variance, clipped; images from 0 to 1 just so.
 
-    def __init__(self, shape: tuple[int, ...], config: Config) -> None:
-        super().__init__(shape)
-        self.enabled, self.clip = config.norm_obs, config.clip_obs
+    Lives on the CPU, as they do.
+    """
+
+    def __init__(self, space: Box, config: Config) -> None:
+        super().__init__(space.shape if is_vector(space) else ())
+        self.enabled, self.clip = config.norm_obs and is_vector(space), config.clip_obs
 
     def normalize(self, obs: np.ndarray, update: bool = False) -> Tensor:
         """(B, *shape) raw to float32, by the statistics as they stand, or with these rows in."""
         obs = torch.as_tensor(obs)
         if not self.enabled:
-            return obs.float()
+            return obs.float() / 255 if obs.dtype == torch.uint8 else obs.float()
         if update:
             self.update(obs)
         scaled = (obs - self.mean) / torch.sqrt(self.var + 1e-8)
@@ -448,53 +475,69 @@ class RewardNormalizer(RunningMeanStd):
         before = self.sums()
         self.update(discounted[valid])
         self.merge_processes(before)
-        scale = torch.sqrt(self.var + 1e-8).to(rewards.dtype)
-        return (rewards / scale).clamp_(*self.clip).to(device)
+        return (rewards / self.scale().to(rewards.dtype)).clamp_(*self.clip).to(device)
+
+    def scale(self) -> Tensor:
+        """What rewards are divided by, ()."""
+        return torch.sqrt(self.var + 1e-8) if self.enabled else torch.ones(())
 
 
 # ==== 3. Networks =================================================================================
 
 
-def mlp(sizes: Sequence[int], config: Config, out_gain: float) -> nn.Sequential:
-    """Linear layers with activations between; orthogonal weights, zero biases.
+def orthogonal(layer: nn.Linear | nn.Conv2d, gain: float) -> nn.Module:
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def network(
+    shape: Sequence[int], hidden: Sequence[int], outputs: int, config: Config, out_gain: float
+) -> nn.Sequential:
+    """Linear layers with activations between; before them, for images (C, H, W), two convolutions.
 
     Gains √2 inside and `out_gain` last: Andrychowicz et al. 2021, "What Matters In On-Policy RL".
     """
-    layers: list[nn.Module] = []
-    for i, outputs in enumerate(sizes[1:]):
-        last = i == len(sizes) - 2
-        layers.append(linear := nn.Linear(sizes[i], outputs))
-        nn.init.orthogonal_(linear.weight, out_gain if last else math.sqrt(2))
-        nn.init.zeros_(linear.bias)
-        if not last:
-            norm = [nn.LayerNorm(outputs)] * config.layer_norm
-            layers += [*norm, ACTIVATIONS[config.activation]()]
-    return nn.Sequential(*layers)
+    layers, gain = [], math.sqrt(2)
+    if len(shape) == 3:  # the first two of Mnih et al. 2015, half as wide
+        layers += [orthogonal(nn.Conv2d(shape[0], 16, 8, 4), gain), nn.ReLU()]
+        layers += [orthogonal(nn.Conv2d(16, 32, 4, 2), gain), nn.ReLU(), nn.Flatten()]
+        shape = nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[1:]
+    for inputs, size in itertools.pairwise([*shape, *hidden]):
+        norm = [nn.LayerNorm(size)] * config.layer_norm
+        layers += [orthogonal(nn.Linear(inputs, size), gain), *norm]
+        layers += [ACTIVATIONS[config.activation]()]
+    return nn.Sequential(*layers, orthogonal(nn.Linear(hidden[-1], outputs), out_gain))
 
 
 class ActorCritic(nn.Module):
-    """Gaussian policy with a state-independent std, and a value function: two separate networks.
+    """A policy, Gaussian or for Discrete actions categorical, and a value function: two networks.
 
-    Observations are normalised already, (B, O); actions are unclipped, (B, A).
+    Observations are normalised already, (B, *O); actions are unclipped, (B, A), or numbers, (B,).
     """
 
-    def __init__(self, obs_dim: int, action_dim: int, config: Config) -> None:
+    def __init__(self, obs: Box, actions: Box | Discrete, config: Config) -> None:
         super().__init__()
-        self.actor = mlp([obs_dim, *config.actor_hidden, action_dim], config, out_gain=0.01)
-        self.critic = mlp([obs_dim, *config.critic_hidden, 1], config, out_gain=1.0)
-        raw_std = math.log(math.expm1(config.init_std))  # softplus⁻¹
-        self.raw_std = nn.Parameter(torch.full((action_dim,), raw_std))
-
-    @property
-    def std(self) -> Tensor:
-        return F.softplus(self.raw_std)  # (A,)
+        self.discrete, self.config = isinstance(actions, Discrete), config
+        outputs = int(actions.n) if self.discrete else actions.shape[0]
+        wide = outputs * (1 + (config.state_dependent_std and not self.discrete))
+        self.actor = network(obs.shape, config.actor_hidden, wide, config, out_gain=0.01)
+        self.critic = network(obs.shape, config.critic_hidden, 1, config, out_gain=1.0)
+        if not self.discrete:
+            raw_std = math.log(math.expm1(config.init_std))  # softplus⁻¹
+            self.raw_std = nn.Parameter(torch.full((outputs,), raw_std))
 
     def distribution(self, obs: Tensor) -> torch.distributions.Distribution:
-        normal = torch.distributions.Normal(self.actor(obs), self.std, validate_args=False)
+        if self.discrete:
+            return torch.distributions.Categorical(logits=self.actor(obs), validate_args=False)
+        mean, *by_state = self.actor(obs).split(len(self.raw_std), dim=-1)
+        mean = mean.tanh() if self.config.mean_activation == "tanh" else mean
+        std = F.softplus(self.raw_std + sum(by_state)).expand_as(mean)
+        normal = torch.distributions.Normal(mean, std, validate_args=False)
         return torch.distributions.Independent(normal, 1, validate_args=False)
 
     def act(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """A sampled action (B, A) and its log-probability (B,)."""
+        """Sampled actions and their log-probabilities (B,)."""
         distribution = self.distribution(obs)
         actions = distribution.sample()
         return actions, distribution.log_prob(actions)
@@ -505,12 +548,19 @@ class ActorCritic(nn.Module):
         return distribution.log_prob(actions), distribution.entropy()
 
     def value(self, obs: Tensor) -> Tensor:
-        """Expected discounted return of normalised rewards, (..., O) -> (...)."""
+        """Expected discounted return of normalised rewards, (B, *O) -> (B,)."""
         return self.critic(obs).squeeze(-1)
 
     def mean_action(self, obs: Tensor) -> Tensor:
-        """The deterministic policy, (B, A)."""
-        return self.actor(obs)
+        """The deterministic policy: the mean, or the likeliest."""
+        return self.distribution(obs).mode
+
+
+def env_actions(actions: Tensor, space: Box | Discrete) -> np.ndarray:
+    """As environments take them: clipped to a Box, or a Discrete's own numbers."""
+    array = actions.cpu().numpy()  # sync point: the environments are on the CPU
+    is_discrete = isinstance(space, Discrete)
+    return array + space.start if is_discrete else np.clip(array, space.low, space.high)
 
 
 # ==== 4. Rollout ==================================================================================
@@ -519,11 +569,12 @@ class ActorCritic(nn.Module):
 class Rollout:
     """T steps of N environments, preallocated on the device, and what goes over to the next T."""
 
-    def __init__(self, config: Config, obs: Tensor, action_dim: int) -> None:
+    def __init__(self, config: Config, obs: Tensor, actions: Box | Discrete) -> None:
         T, N = config.rollout_steps, config.num_envs
         self.obs = obs.new_zeros(T + 1, *obs.shape)  # row t + 1 is what step t returned
-        self.obs[-1] = obs  # (N, O) the first ones, normalised
-        self.actions = obs.new_zeros(T, N, action_dim)  # unclipped
+        self.obs[-1] = obs  # (N, *O) the first ones, normalised
+        kind = torch.int64 if isinstance(actions, Discrete) else torch.float32
+        self.actions = obs.new_zeros(T, N, *actions.shape, dtype=kind)  # unclipped
         self.logprobs = obs.new_zeros(T, N)
         self.rewards = obs.new_zeros(T, N)  # raw
         self.terminated = torch.zeros_like(self.rewards, dtype=torch.bool)
@@ -541,15 +592,13 @@ def collect_rollout(
     envs: VectorEnv, agent: ActorCritic, normalizer: ObservationNormalizer, rollout: Rollout
 ) -> list[tuple[float, int]]:
     """Fill `rollout` with its next T steps; raw (return, length) of the episodes that ended."""
-    low, high = envs.single_action_space.low, envs.single_action_space.high
     episodes, before = [], normalizer.sums()
     rollout.obs[0] = rollout.obs[-1]
     for t in range(len(rollout.rewards)):
         rollout.valid[t] = torch.from_numpy(~rollout.ended)
         rollout.actions[t], rollout.logprobs[t] = agent.act(rollout.obs[t])
-        actions = rollout.actions[t].cpu().numpy()  # sync point: the environments are on the CPU
-        clipped = np.clip(actions, low, high)
-        obs, rewards, terminated, truncated, _ = ask(envs, envs.step, clipped)
+        actions = env_actions(rollout.actions[t], envs.single_action_space)
+        obs, rewards, terminated, truncated, _ = ask(envs, envs.step, actions)
         rollout.obs[t + 1] = normalizer.normalize(obs, update=True)
         rollout.rewards[t] = torch.from_numpy(rewards)
         rollout.terminated[t] = torch.from_numpy(terminated)
@@ -590,8 +639,8 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda) -> tu
 class Batch(NamedTuple):
     """The transitions of one rollout, or of a minibatch; reset rows are left out. B rows."""
 
-    obs: Tensor  # (B, O) normalised
-    actions: Tensor  # (B, A) unclipped
+    obs: Tensor  # (B, *O) normalised
+    actions: Tensor  # (B, A) unclipped, or (B,) numbers
     logprobs: Tensor  # (B,) when collected
     values: Tensor  # (B,) when collected
     advantages: Tensor  # (B,) of mean 0 and std 1 over the rollout
@@ -601,7 +650,7 @@ class Batch(NamedTuple):
 @torch.no_grad()
 def make_batch(rollout: Rollout, agent: ActorCritic, rewards: Tensor, config: Config) -> Batch:
     """Values in one pass, advantages and returns of `rewards` (T, N); reset rows dropped last."""
-    values = agent.value(rollout.obs)  # (T + 1, N)
+    values = agent.value(rollout.obs.flatten(0, 1)).view(len(rollout.obs), -1)  # (T + 1, N)
     advantages, returns = compute_gae(
         rewards, values, rollout.terminated, rollout.truncated, config.gamma, config.gae_lambda
     )
@@ -630,7 +679,11 @@ def ppo_loss(
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps)
     policy_loss = -torch.min(ratio * batch.advantages, clipped * batch.advantages).mean()
-    value_loss = 0.5 * (values - batch.returns).square().mean()
+    errors = (values - batch.returns).square()
+    if config.clip_value_eps is not None:  # the worse of the two, as in OpenAI's baselines
+        near = (values - batch.values).clamp(-config.clip_value_eps, config.clip_value_eps)
+        errors = errors.maximum((batch.values + near - batch.returns).square())
+    value_loss = 0.5 * errors.mean()
     loss = policy_loss + config.value_coef * value_loss - config.entropy_coef * entropy.mean()
     with torch.no_grad():
         approx_kl = (ratio - 1 - log_ratio).mean()  # k3 of Schulman 2020, "Approximating KL"
@@ -639,14 +692,14 @@ def ppo_loss(
     return loss, metrics
 
 
-def adapt_learning_rate(rate: Tensor, kl: Tensor, desired_kl: float) -> None:
+def adapt_learning_rates(optimizer: Optimizer, kl: Tensor, desired_kl: float) -> None:
     """Steer the KL of an update, in place and without a sync point (rsl_rl's rule).
 
     A KL of exactly zero is the first minibatch, where the policy is still the old one.
     """
-    slower = (kl > 2 * desired_kl).to(rate.dtype)
-    faster = ((kl < desired_kl / 2) & (kl > 0)).to(rate.dtype)
-    rate.mul_(1.5 ** (faster - slower)).clamp_(1e-5, 1e-2)
+    slower, faster = kl > 2 * desired_kl, (kl < desired_kl / 2) & (kl > 0)
+    for group in optimizer.param_groups:
+        group["lr"].mul_(1.5 ** (faster.float() - slower.float())).clamp_(1e-5, 1e-2)
 
 
 def average_gradients(agent: ActorCritic, metrics: Tensor, rows: int) -> Tensor:
@@ -667,7 +720,6 @@ def update(agent: ActorCritic, optimizer: Optimizer, batch: Batch, config: Confi
     The rows are split into `num_minibatches` near-equal parts, so that none is tiny and every
     process has as many.
     """
-    rate = optimizer.param_groups[0]["lr"]  # a tensor: changing it needs no sync point
     history = []
     for _ in range(config.update_epochs):
         shuffled = torch.randperm(len(batch.obs), device=batch.obs.device)
@@ -681,7 +733,7 @@ def update(agent: ActorCritic, optimizer: Optimizer, batch: Batch, config: Confi
             metrics = average_gradients(agent, metrics, len(rows))
             grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
             if config.lr_schedule == "adaptive":
-                adapt_learning_rate(rate, metrics[3], config.desired_kl)
+                adapt_learning_rates(optimizer, metrics[3], config.desired_kl)
             optimizer.step()
             history.append(torch.cat([metrics, grad_norm.view(1)]))
         epoch = torch.stack(history[-config.num_minibatches :])
@@ -689,18 +741,23 @@ def update(agent: ActorCritic, optimizer: Optimizer, batch: Batch, config: Confi
             break  # the test is a sync point, once an epoch
     averages = torch.stack(history).mean(0).tolist()  # sync point, once an update
     residual = (batch.returns - batch.values).var(correction=0)
-    return dict(zip((*LOSS_METRICS, "grad_norm"), averages, strict=True)) | {
-        "explained_variance": float(1 - residual / (batch.returns.var(correction=0) + 1e-8)),
-        "action_std": float(agent.std.detach().mean()),
-        "learning_rate": float(rate),
-    }
+    columns = dict(zip((*LOSS_METRICS, "grad_norm"), averages, strict=True))
+    explained = 1 - residual / (batch.returns.var(correction=0) + 1e-8)
+    columns["explained_variance"] = float(explained)
+    columns["learning_rate"] = float(optimizer.param_groups[0]["lr"])
+    if not agent.discrete:
+        with torch.no_grad():
+            columns["action_std"] = float(agent.distribution(batch.obs).stddev.mean())
+    return columns
 
 
-def scheduled_rate(config: Config, step: int) -> float:
-    """The learning rate at an absolute step of the whole run."""
+def schedule_learning_rates(optimizer: Optimizer, config: Config, step: int) -> None:
+    """Those of the policy and of the value function at an absolute step of the whole run."""
     progress = min(step / config.total_timesteps, 1.0)
     shapes = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    return config.learning_rate * shapes.get(config.lr_schedule, 1.0)
+    if config.lr_schedule != "adaptive":
+        for group in optimizer.param_groups:
+            group["lr"].fill_(group["initial_lr"] * shapes.get(config.lr_schedule, 1.0))
 
 
 # ==== 7. Evaluate =================================================================================
@@ -708,47 +765,44 @@ def scheduled_rate(config: Config, step: int) -> float:
 Act = Callable[[np.ndarray], np.ndarray]  # raw observations (B, O) to actions (B, A)
 
 
+def play(
+    act: Act, config: Config, seeds: Sequence[int], together: int = 1, render: str | None = None
+) -> Iterator[tuple[gym.Env, dict[str, Any]]]:
+    """One deterministic episode for each seed; yields each step, and the environment after it.
+
+    Episode k is reset with seeds[k]; `together` of them step at once, which is faster.
+    """
+    waiting, running = list(enumerate(seeds))[::-1], {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < together:
+                k, seed = waiting.pop()
+                env = make_env(config, render)  # a new one: a Box2D world keeps traces of the last
+                running[k] = env, env.reset(seed=seed)[0]
+            actions = act(np.stack([obs for _, obs in running.values()]))
+            for (k, (env, obs)), action in zip(list(running.items()), actions, strict=True):
+                row = {"episode": k, "observations": obs, "actions": action}
+                obs, reward, terminated, truncated, _ = env.step(action)
+                running[k] = env, obs
+                row |= {"rewards": reward, "terminated": terminated, "next_observations": obs}
+                yield env, row
+                if terminated or truncated:
+                    running.pop(k)[0].close()
+    finally:
+        for env, _ in running.values():
+            env.close()
+
+
 def evaluate(act: Act, config: Config, seeds: Sequence[int], together: int = 16) -> np.ndarray:
     """Raw returns and lengths, (2, episodes), of one deterministic episode for each seed.
 
-    Episode k is reset with seeds[k], and every episode that is started counts, however many step
-    together: to count the first to finish would favour falls. Touches no training state.
+    Every episode that is started counts, however many step together: to count the first to finish
+    would favour falls. Touches no training state.
     """
     totals = np.zeros((2, len(seeds)))  # returns, lengths
-    waiting, running = list(enumerate(seeds))[::-1], []
-    while waiting or running:
-        while waiting and len(running) < together:
-            k, seed = waiting.pop()
-            env = make_env(config)  # a new one: a Box2D world keeps traces of who walked before
-            running.append((k, env, env.reset(seed=seed)[0]))
-        actions = act(np.stack([obs for _, _, obs in running]))
-        stepped, running = zip(running, actions, strict=True), []
-        for (k, env, _), action in stepped:
-            obs, reward, terminated, truncated, _ = env.step(action)
-            totals[:, k] += reward, 1
-            if terminated or truncated:
-                env.close()
-            else:
-                running.append((k, env, obs))
+    for _, row in play(act, config, seeds, together):
+        totals[:, row["episode"]] += row["rewards"], 1
     return totals
-
-
-def play(act: Act, env: gym.Env, seeds: Sequence[int], seconds: float) -> Iterator[Any]:
-    """Deterministic episodes, one for each seed; yields what `env.render()` gives at each state.
-
-    Ends with the last episode, or after so many seconds of simulated time.
-    """
-    frames_left = seconds * env.metadata.get("render_fps", 30)
-    for seed in seeds:
-        obs, _ = env.reset(seed=seed)
-        ended = False
-        while frames_left > 0:
-            yield env.render()
-            frames_left -= 1
-            if ended:
-                break
-            obs, _, terminated, truncated, _ = env.step(act(obs[None])[0])
-            ended = terminated or truncated
 
 
 # ==== 8. Checkpoint ===============================================================================
@@ -763,28 +817,25 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
-@dataclass
-class Counters:
+@pydantic.dataclasses.dataclass(config=STRICT)
+class Counters(Checked):
     """Where a run stands; plain numbers, saved with it."""
 
-    step: int = 0
-    iteration: int = 0
-    wall_s: float = 0.0
+    step: Cadence = 0
+    iteration: Cadence = 0
+    wall_s: Weight = 0.0
     best_return: float | None = None
-    best_step: int | None = None
-    solved_step: int | None = None
-    solved_wall_s: float | None = None
+    best_step: Cadence | None = None
+    solved_step: Cadence | None = None
+    solved_wall_s: Weight | None = None
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str | Path) -> Counters:
-        """UserError where these are no counters."""
-        kinds, sign = typing.get_type_hints(cls), {"best_return": "(-inf, inf)"}
-        fine = (
-            k in values and _is_right(values[k], kinds[k], sign.get(k, "[0, inf)")) for k in kinds
-        )
-        if not all(fine) or len(values) > len(kinds):
-            raise UserError(f"{source}: its counters are damaged")
-        return cls(**values)
+
+def load_counters(state: dict[str, Any], source: str | Path) -> Counters:
+    """Those of a checkpoint. UserError where they are none."""
+    try:
+        return Counters(**(dict.fromkeys(vars(Counters())) | state["counters"]))
+    except (UserError, TypeError) as error:
+        raise UserError(f"{source}: its counters are damaged: {error}") from None
 
 
 class Learner:
@@ -794,13 +845,19 @@ class Learner:
         self.config, self.device = config, resolve_device(config.device)
         self.env = make_env(config)  # for its spaces; never stepped
         self.threshold = self.env.spec.reward_threshold
-        self.dims = self.env.observation_space.shape[0], self.env.action_space.shape[0]
-        self.agent = ActorCritic(*self.dims, config).to(self.device)
+        self.spaces = self.env.observation_space, self.env.action_space
+        self.agent = ActorCritic(*self.spaces, config).to(self.device)
         if sum(p.numel() for p in self.agent.parameters()) < 100_000:
             torch.set_num_threads(1)  # small networks lose more to threads than they gain
-        rate = torch.tensor(config.learning_rate, device=self.device)
-        self.optimizer = torch.optim.Adam(self.agent.parameters(), rate, eps=1e-5, fused=True)
-        self.obs_normalizer = ObservationNormalizer(self.dims[:1], config)
+        named, rate = self.agent.named_parameters(), config.learning_rate
+        policy = [p for name, p in named if not name.startswith("critic.")]
+        values = self.agent.critic.parameters()
+        groups = [  # a rate in a tensor can be changed without a sync point
+            {"params": params, "initial_lr": rate, "lr": torch.tensor(rate, device=self.device)}
+            for params, rate in ((policy, rate), (values, config.value_learning_rate or rate))
+        ]
+        self.optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
+        self.obs_normalizer = ObservationNormalizer(self.spaces[0], config)
         self.reward_normalizer = RewardNormalizer(config)
         self.counters = Counters()
         self.saved_at = self.save_s = 0.0  # when last.pt was written, and how long a save takes
@@ -813,8 +870,12 @@ class Learner:
         What plays in evaluation and video: statistics frozen, actions clipped to their space.
         """
         actions = self.agent.mean_action(self.obs_normalizer.normalize(obs).to(self.device))
-        space = self.env.action_space
-        return np.clip(actions.cpu().numpy(), space.low, space.high)
+        return env_actions(actions, self.env.action_space)
+
+    @torch.no_grad()
+    def value(self, obs: np.ndarray) -> np.ndarray:
+        """Raw observations (B, *O) to expected discounted returns of normalised rewards (B,)."""
+        return self.agent.value(self.obs_normalizer.normalize(obs).to(self.device)).cpu().numpy()
 
     def save(self, name: str) -> None:
         """Write the checkpoint `name` below --out.
@@ -841,7 +902,7 @@ class Learner:
         """Load these parts of a checkpoint's state. UserError where they do not fit."""
         like = {part: getattr(self, part).state_dict() for part in parts}
         if "optimizer" in parts:  # all of a run; Adam has moments after a first step
-            self.counters = Counters.from_dict(state["counters"], source)
+            self.counters = load_counters(state, source)
             step, params = torch.tensor(0.0), [p.detach() for p in self.agent.parameters()]
             filled = ({"step": step, "exp_avg": p, "exp_avg_sq": p} for p in params)
             like["optimizer"]["state"] = dict(enumerate(filled)) if self.counters.iteration else {}
@@ -949,6 +1010,7 @@ CSV_COLUMNS = (
 BEST, LAST = "checkpoints_walker/best.pt", "checkpoints_walker/last.pt"
 METRICS, CONFIG = "checkpoints_walker/metrics.csv", "checkpoints_walker/config.json"
 FILM, CURVES = "videos/walker_final.mp4", "plots/training_curves.png"
+BOARD = "tensorboard"  # beside metrics.csv
 
 
 def make_folders(*folders: Path) -> None:
@@ -981,6 +1043,7 @@ def claim_folder(out: Path, resume: str | Path | None, overwrite: bool) -> FileL
         for path in folder.glob(".*.tmp.*"):  # half-written by a run that was killed
             path.unlink()
     if overwrite:
+        shutil.rmtree((out / LAST).with_name(BOARD), ignore_errors=True)
         gif = (out / FILM).with_suffix(".gif")
         steps = [p for p in (out / LAST).parent.glob("step_*.pt") if p.stem[5:].isdecimal()]
         for path in [*(out / n for n in (BEST, LAST, METRICS, CONFIG, FILM, CURVES)), gif, *steps]:
@@ -1005,6 +1068,11 @@ class RunLog:
         total = config.num_iterations * config.batch_size * process()[1]
         how = {"unit": " steps", "unit_scale": True, "disable": None}  # None: but on a terminal
         self.bar = tqdm(total=total, initial=counters.step, **how)
+        self.board = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(path.with_name(BOARD), purge_step=counters.step + 1)
 
     def row(self, row: dict[str, Any]) -> None:
         """Append a row, flushed; a column that is not given stays empty. Show where the run is."""
@@ -1013,6 +1081,9 @@ class RunLog:
         with writing(self.path):
             self.file.write(",".join(cells) + "\n")
             self.file.flush()
+        for name in CSV_COLUMNS if self.board else ():
+            if row.get(name) is not None:
+                self.board.add_scalar(name, row[name], row["step"])
         shown = {"return": row.get("return_mean"), "best": row["best_return"]}
         text = ", ".join(f"{k} {'–' if v is None else f'{v:.1f}'}" for k, v in shown.items())
         self.bar.set_postfix_str(text, refresh=False)
@@ -1030,6 +1101,8 @@ class RunLog:
         self.bar.close()
         with writing(self.path):  # what could not be flushed is tried again
             self.file.close()
+        if self.board:
+            self.board.close()
 
 
 def write_config(config: Config, threshold: float | None, path: Path) -> None:
@@ -1040,23 +1113,29 @@ def write_config(config: Config, threshold: float | None, path: Path) -> None:
         temporary.write_text(json.dumps(plain_settings(config) | about, indent=2) + "\n")
 
 
-def record_episode(act: Act, config: Config, seed: int, mp4: Path, seconds: float) -> None:
+def record_episode(
+    act: Act, config: Config, seed: int, mp4: Path, seconds: float = math.inf
+) -> list[dict[str, Any]]:
     """Film one deterministic episode, headless: H.264 in yuv420p, and a GIF of at most 3 MB.
 
-    UserError where the environment cannot render.
+    Returns what each step held. UserError where the environment cannot render.
     """
     import imageio
 
-    env = make_env(config, "rgb_array")
-    fps = env.metadata.get("render_fps", 30)
+    rows, fps = [], make_env(config).metadata.get("render_fps", 30)
     h264 = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 2}  # keeps even sizes
-    with contextlib.closing(env), atomic_path(mp4) as temporary:
+    steps = play(act, config, [seed], render="rgb_array")
+    with contextlib.closing(steps), atomic_path(mp4) as temporary:
         with imageio.get_writer(temporary, fps=fps, **h264) as video:
-            for frame in play(act, env, [seed], seconds):
-                if frame is None:
+            for env, row in steps:
+                if len(rows) >= seconds * fps:
+                    break
+                if (frame := env.render()) is None:
                     raise UserError(f"--env {config.env} renders nothing")
                 video.append_data(frame)
+                rows.append(row | gait_state(env))
         _write_gif(temporary, fps, mp4.with_suffix(".gif"))
+    return rows
 
 
 def _write_gif(mp4: Path, fps: float, gif: Path, limit: int = 3_000_000) -> None:
@@ -1072,6 +1151,47 @@ def _write_gif(mp4: Path, fps: float, gif: Path, limit: int = 3_000_000) -> None
                 raise OSError("the encoder failed; is the disk full?")  # it says nothing itself
             if temporary.stat().st_size <= limit:
                 return
+
+
+def gait_state(env: gym.Env) -> dict[str, np.ndarray]:
+    """What a BipedalWalker's observation hides; {} for others. Metres, radians, seconds, N m.
+
+    hull (6,): x, y, angle and their rates; joints (4, 3): angle, rate and motor torque of hip,
+    knee, hip, knee; knees (2, 3): x, y and the ground's height below; contacts (2, 2): where each
+    leg is touched, lowest and highest, as a fraction of the shin from the foot up (above 1: the
+    thigh); NaN in the air.
+    """
+    walker = env.unwrapped
+    if not (hasattr(walker, "hull") and hasattr(walker, "legs")):
+        return {}
+    hull, (thighs, shins), length = walker.hull, (walker.legs[::2], walker.legs[1::2]), 34 / 30
+    knees = np.array([shin.GetWorldPoint((0, length / 2)) for shin in shins])
+    ground = np.interp(knees[:, 0], walker.terrain_x, walker.terrain_y)
+    contacts = np.full((2, 2), np.nan)
+    for span, thigh, shin in zip(contacts, thighs, shins, strict=True):
+        touching = [e.contact for e in [*thigh.contacts, *shin.contacts] if e.contact.touching]
+        points = [p for c in touching for p in c.worldManifold.points[: c.manifold.pointCount]]
+        heights = [shin.GetLocalPoint(point)[1] / length + 0.5 for point in points]
+        span[:] = (min(heights), max(heights)) if heights else np.nan
+    rates = (*hull.linearVelocity, hull.angularVelocity)
+    return {
+        "hull": np.array([*hull.position, hull.angle, *rates]),
+        "joints": np.array([(j.angle, j.speed, j.GetMotorTorque(50)) for j in walker.joints]),
+        "knees": np.column_stack([knees, ground]),
+        "contacts": contacts,
+    }
+
+
+def write_data(learner: Learner, rows: list[dict[str, Any]], path: Path) -> None:
+    """Steps of `play` as an .npz for viz.py: each entry stacked, values, and what they are in."""
+    arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    arrays["values"] = learner.value(arrays["observations"])
+    arrays["next_values"] = learner.value(arrays.pop("next_observations"))
+    norm, fps = learner.reward_normalizer, learner.env.metadata.get("render_fps", 30)
+    clip = norm.clip if norm.enabled else (-math.inf, math.inf)
+    units = {"dt": 1 / fps, "gamma": norm.gamma, "reward_scale": norm.scale(), "reward_clip": clip}
+    with atomic_path(path) as temporary:
+        np.savez_compressed(temporary, **arrays, **units)
 
 
 class StopSignals:
@@ -1104,13 +1224,15 @@ class StopSignals:
 
 # What --resume may change: nothing that the learner sees.
 RESUMABLE = """total_timesteps device vector_env step_timeout out
-eval_every eval_episodes checkpoint_every stop_when_solved""".split()
+eval_every eval_episodes checkpoint_every record_every tensorboard stop_when_solved""".split()
 
 
 def prepare_learner(config: Config, resume: str | Path | None) -> Learner:
     """A new learner, or one that goes on from `resume`. Writes nothing."""
     seed_everything(config.seed, rank=0, step=0)  # the same networks in every process
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs `pip install tensorboard`")
     learner = Learner(config)
     if resume is not None:
         state = load_checkpoint(resume, config.env)
@@ -1123,9 +1245,9 @@ def prepare_learner(config: Config, resume: str | Path | None) -> Learner:
         learner.load(state, resume, LEARNED)
         learner.started -= learner.counters.wall_s
         best = Path(config.out, BEST)  # it may be newer than the checkpoint
-        found = Counters()
-        if best.exists():
-            found = Counters.from_dict(load_checkpoint(best, config.env)["counters"], best)
+        found = (
+            load_counters(load_checkpoint(best, config.env), best) if best.exists() else Counters()
+        )
         for name in ("best_return", "best_step"):
             setattr(learner.counters, name, getattr(found, name))
     elif config.init_from is not None:
@@ -1200,20 +1322,25 @@ def episode_columns(episodes: list[tuple[float, int]]) -> Metrics:
     return columns
 
 
-def export(learner: Learner, log: RunLog, film: bool) -> None:
+def film(learner: Learner, log: RunLog, mp4: Path) -> None:
+    """`record_episode` in the world of all films of the run; one line where that cannot be."""
+    [seed] = env_seeds(learner.config.seed, VIDEO, 1)
+    try:
+        record_episode(learner.act, learner.config, seed, mp4)
+        log.say(f"video: {mp4}, and a GIF beside it")
+    except (UserError, gym.error.Error, NotImplementedError) as error:
+        log.say(f"no video: {error}")
+
+
+def export(learner: Learner, log: RunLog, with_film: bool) -> None:
     """Film the best policy there is, and plot the curves."""
     import viz
 
-    out, config = Path(learner.config.out), learner.config
+    out, env = Path(learner.config.out), learner.config.env
     if (out / BEST).exists():
-        learner.load(load_checkpoint(out / BEST, config.env), out / BEST, POLICY)
-    try:
-        if film:
-            [seed] = env_seeds(config.seed, VIDEO, 1)
-            record_episode(learner.act, config, seed, out / FILM, math.inf)
-            log.say(f"video: {out / FILM}, and a GIF beside it")
-    except (UserError, gym.error.Error, NotImplementedError) as error:
-        log.say(f"no video: {error}")
+        learner.load(load_checkpoint(out / BEST, env), out / BEST, POLICY)
+    if with_film:
+        film(learner, log, out / FILM)
     with writing(out / CURVES):
         viz.plot_training_curves(out / METRICS, out / CURVES, learner.threshold)
     log.say(f"curves: {out / CURVES}")
@@ -1254,14 +1381,13 @@ def train(
             write_config(config, learner.threshold, out / CONFIG)
             learner.save(LAST)  # before metrics.csv is cut to its step: killed between, they fit
             log = stack.enter_context(contextlib.closing(RunLog(out / METRICS, config, counters)))
-        rollout = Rollout(config, normalizer.normalize(obs).to(learner.device), learner.dims[1])
+        rollout = Rollout(config, normalizer.normalize(obs).to(learner.device), learner.spaces[1])
 
         while not any_process(learner.is_done() or stop.received is not None):
             # set the learning rate and the random numbers, by the absolute step
             began = time.perf_counter()
             seed_everything(config.seed, rank, counters.step)
-            if config.lr_schedule != "adaptive":
-                learner.optimizer.param_groups[0]["lr"].fill_(scheduled_rate(config, counters.step))
+            schedule_learning_rates(learner.optimizer, config, counters.step)
 
             # collect a rollout
             try:
@@ -1296,11 +1422,13 @@ def train(
 
             # save
             save(learner, steps, ended - began, is_best)
+            if is_due(config.record_every, counters.step, steps):
+                film(learner, log, out / f"videos/step_{counters.step}.mp4")
 
         if rank == 0:
             learner.save(LAST)
             log.say(summary(counters))
-            export(learner, log, film=stop.received != signal.SIGTERM)
+            export(learner, log, with_film=stop.received != signal.SIGTERM)
         any_process(False)  # a launcher ends all when one ends: not before the film is done
     return counters, stop.received
 
@@ -1311,12 +1439,13 @@ def load_learner(checkpoint: str, env: str | None, seed: int, device: str, out: 
     config = config_from_dict(state["config"], checkpoint)
     changes = {} if env in (None, config.env) else {"env": env, "env_kwargs": ()}
     learner = Learner(dataclasses.replace(config, seed=seed, device=device, out=out, **changes))
-    learner.load(state, checkpoint, POLICY)
+    learner.load(state, checkpoint, (*POLICY, "reward_normalizer"))
     return learner
 
 
 def show(act: Act, config: Config, seeds: Sequence[int], seconds: float) -> None:
     """Play episodes in a window for `seconds` of simulated time, one after another."""
-    with contextlib.closing(make_env(config, "human")) as env:
-        for _ in play(act, env, seeds, seconds):
+    steps = round(seconds * make_env(config).metadata.get("render_fps", 30))
+    with contextlib.closing(play(act, config, seeds, render="human")) as episodes:
+        for _ in itertools.islice(episodes, steps):
             pass  # the window shows each step by itself

@@ -50,7 +50,7 @@ def test_everything_comes_back_to_the_bit(trained, state, tmp_path):
     torch.manual_seed(9)
     assert not same(learner.agent.state_dict(), state["agent"])
     learner.load(state, trained, core.LEARNED)
-    learner.counters = core.Counters.from_dict(state["counters"], trained)
+    learner.counters = core.load_counters(state, trained)
     learner.save("again.pt")
     again = core.load_checkpoint(tmp_path / "again.pt")
     assert again.pop("config").pop("seed") == 9

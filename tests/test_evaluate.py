@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import random
 
 import gymnasium as gym
@@ -146,8 +145,33 @@ def test_training_goes_on_to_the_bit_as_if_no_evaluation_had_been():
         assert np.array_equal(values, rollouts[1][name]), name
 
 
-def test_play_yields_one_frame_for_each_state_of_each_episode_in_turn():
-    env, seeds = core.make_env(FALLS, "rgb_array"), SEEDS[:3]
-    frames = [int(frame[0, 0, 0]) for frame in core.play(lean, env, seeds, math.inf)]
-    expected = [list(range(alone(FALLS.env, lean, seed)[1], -1, -1)) for seed in seeds]
+def test_play_shows_what_each_step_of_each_episode_led_to_in_turn():
+    seeds = SEEDS[:3]
+    steps = core.play(lean, FALLS, seeds, render="rgb_array")
+    frames = [int(env.render()[0, 0, 0]) for env, _ in steps]
+    expected = [range(alone(FALLS.env, lean, seed)[1])[::-1] for seed in seeds]
     assert frames == list(itertools.chain(*expected))
+
+
+def test_a_row_of_play_holds_the_step_before_during_and_after():
+    rows = [row for _, row in core.play(lean, FALLS, SEEDS[:3])]
+    for row, then in itertools.pairwise(rows):
+        assert row["terminated"] == (row["episode"] != then["episode"])
+        if not row["terminated"]:
+            assert np.array_equal(row["next_observations"], then["observations"])
+    for row in rows:
+        assert np.array_equal(row["actions"], lean(row["observations"][None])[0])
+    returns = np.bincount([row["episode"] for row in rows], [row["rewards"] for row in rows])
+    assert returns.tolist() == [alone(FALLS.env, lean, seed)[0] for seed in SEEDS[:3]]
+
+
+def test_who_stops_watching_closes_the_environments(monkeypatch):
+    closed = []
+    monkeypatch.setattr(toy_envs.Falls, "close", lambda env: closed.append(env))
+    for together in (1, 3):
+        steps = core.play(lean, FALLS, SEEDS, together)
+        next(steps)
+        assert not closed
+        steps.close()
+        assert len(closed) == together
+        closed.clear()

@@ -62,7 +62,7 @@ def learn(envs: slice) -> dict[str, Any]:
     with torch.no_grad():
         logprobs = agent.evaluate_actions(obs[:-1], actions)[0] + 0.1 * noise
 
-    rollout = core.Rollout(config, obs[0, envs], 1)
+    rollout = core.Rollout(config, obs[0, envs], learner.spaces[1])
     rollout.obs, rollout.actions, rollout.logprobs = obs[:, envs], actions[:, envs], logprobs
     rollout.logprobs, rollout.rewards = logprobs[:, envs], (rewards * valid)[:, envs]
     rollout.terminated, rollout.truncated = endings[:, :, envs]

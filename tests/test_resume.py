@@ -58,7 +58,7 @@ def train_in_one_piece(config: core.Config, ks: tuple[int, ...], monkeypatch) ->
             seeds = core.env_seeds(config.seed, core.TRAIN, config.num_envs, step=step)
             envs, obs = core.make_vector_env(config, seeds)
             replaced.append(envs)
-            fresh = core.Rollout(config, normalizer.normalize(obs), rollout.actions.shape[-1])
+            fresh = core.Rollout(config, normalizer.normalize(obs), envs.single_action_space)
             vars(rollout).update(vars(fresh))
         done += 1
         return collect(replaced[-1] if replaced else envs, agent, normalizer, rollout)

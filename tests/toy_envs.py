@@ -164,14 +164,17 @@ class Shapes(gym.Env):
 
 
 FLOATS, WHOLE = Box(-1, 1, (3,), np.float32), Box(-9, 9, (3,), np.int64)
-IMAGE, DISCRETE = Box(0, 1, (4, 4), np.float32), gym.spaces.Discrete(3)
+DISCRETE, MATRIX = gym.spaces.Discrete(3), Box(0, 1, (4, 4), np.float32)
+PICTURE, THUMBNAIL = Box(0, 1, (64, 64, 3), np.float32), Box(0, 255, (39, 64, 3), np.uint8)
 UNSUPPORTED = {  # name: spaces, and which of the two PPO cannot use
     "Toy/DiscreteObs-v0": ((DISCRETE, FLOATS), "observation"),
     "Toy/DictObs-v0": ((gym.spaces.Dict({"a": FLOATS}), FLOATS), "observation"),
-    "Toy/ImageObs-v0": ((IMAGE, FLOATS), "observation"),
+    "Toy/MatrixObs-v0": ((MATRIX, FLOATS), "observation"),
+    "Toy/FloatImageObs-v0": ((PICTURE, FLOATS), "observation"),
+    "Toy/SmallImageObs-v0": ((THUMBNAIL, FLOATS), "observation"),
     "Toy/WholeObs-v0": ((WHOLE, FLOATS), "observation"),
-    "Toy/DiscreteAction-v0": ((FLOATS, DISCRETE), "action"),
-    "Toy/MatrixAction-v0": ((FLOATS, IMAGE), "action"),
+    "Toy/ManyDiscreteAction-v0": ((FLOATS, gym.spaces.MultiDiscrete([2, 3])), "action"),
+    "Toy/MatrixAction-v0": ((FLOATS, MATRIX), "action"),
     "Toy/WholeAction-v0": ((FLOATS, WHOLE), "action"),
 }
 
@@ -228,7 +231,7 @@ class Collection:
         self.envs, self.first_obs = core.make_vector_env(config, seeds)
         self.normalizer = self.learner.obs_normalizer
         first_obs = self.normalizer.normalize(self.first_obs, update=True)
-        self.buffer = core.Rollout(config, first_obs, self.learner.dims[1])
+        self.buffer = core.Rollout(config, first_obs, self.learner.spaces[1])
         self.episodes: list[tuple[float, int]] = []
 
     def rollout(self) -> core.Rollout:

@@ -70,7 +70,7 @@ class Pair:
         torch.manual_seed(0)
         normalizer = copy.deepcopy(self.learner.obs_normalizer)
         first_obs = normalizer.normalize(obs)
-        buffer = core.Rollout(self.config, first_obs, self.learner.dims[1])
+        buffer = core.Rollout(self.config, first_obs, self.learner.spaces[1])
         agent, space = self.learner.agent, envs.single_action_space
         clock = Clock()
         for i in range(self.rollouts):
