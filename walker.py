@@ -6,16 +6,17 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import re
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+import pydantic
 import tyro
 
+import viz
 import walker_core as core
 
 
@@ -30,46 +31,55 @@ def parse(cls: Any, argv: Sequence[str], **kwargs: Any) -> Any:
             raise
         text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│|+]", " ", said.getvalue())
         _title, message, *hints = [" ".join(part.split()) for part in re.split("[-─]{4,}", text)]
-        message = message.removeprefix(f"Error parsing {cls.__name__}: ")
         meant = re.match(r"Perhaps you meant: (--\S+)", hints[0]) if hints else None
         raise core.UserError(f"{message} (perhaps {meant[1]}?)" if meant else message) from None
 
 
-class Evaluation(NamedTuple):
+@pydantic.dataclasses.dataclass(frozen=True, config=core.STRICT)
+class Evaluation(core.Checked):
     """Test a checkpoint: deterministic, statistics frozen, raw returns."""
 
     checkpoint: tyro.conf.Positional[str]  # a .pt file of a run
     env: str | None = None  # Gymnasium id, if not the checkpoint's own
-    episodes: int = 100  # how many are started, and all count
-    seed: int = 0  # episode k is reset with its own seed derived from this and k
-    record: bool = False  # film one episode: videos/NAME.mp4 and .gif, NAME being the checkpoint's
+    episodes: pydantic.PositiveInt = 100  # how many are started, and all count
+    seed: pydantic.NonNegativeInt = 0  # episode k's own seed is derived from this and k
+    record: bool = False  # film one as videos/NAME.mp4, .gif, .npz (its data); NAME: checkpoint's
+    analyze_value: bool = False  # predicted values against realised returns: plots/NAME_value.png
     render: bool = False  # show episodes in a window before the test
-    seconds: float | None = None  # at most so long a film or show; default: one episode, or 30 s
+    seconds: pydantic.PositiveFloat | None = (
+        None  # at most so long a film or show; default: one episode, or 30 s
+    )
+    json: bool = False  # the last line is a JSON object
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where present, else cpu
-    out: str = "."  # folder in which videos/ is made
+    out: str = "."  # folder in which videos/ and plots/ are made
 
 
 def evaluate(test: Evaluation) -> None:
-    """Film or show the policy, where asked, then test it on fresh episodes."""
-    for flag, value in (("episodes", test.episodes), ("seconds", test.seconds)):
-        if value is not None and not 0 < value < math.inf:
-            raise core.UserError(f"--{flag} is {value}: it must be above 0, and finite")
+    """Film, analyse or show the policy, where asked, then test it on fresh episodes."""
     learner = core.load_learner(test.checkpoint, test.env, test.seed, test.device, test.out)
-    policy, seeds = (
-        (learner.act, learner.config),
-        core.env_seeds(test.seed, core.TEST, test.episodes),
-    )
+    seeds = core.env_seeds(test.seed, core.TEST, test.episodes)
+    policy, name = (learner.act, learner.config), Path(test.checkpoint).stem
+    videos, plots = Path(test.out, "videos"), Path(test.out, "plots")
     if test.record:
-        mp4 = Path(test.out, "videos", f"{Path(test.checkpoint).stem}.mp4")
-        core.make_folders(mp4.parent)
-        core.record_episode(*policy, seeds[0], mp4, test.seconds or math.inf)
-        print(f"video: {mp4}, and a GIF beside it")
+        mp4, data = videos / f"{name}.mp4", videos / f"{name}.npz"
+        core.make_folders(videos, plots)
+        steps = core.record_episode(*policy, seeds[0], mp4, test.seconds)
+        core.write_data(learner, steps, data)
+        print(f"video: {mp4}, its GIF and its data beside it")
+        if "hull" in steps[0]:
+            viz.plot_gait(data, plots / f"{name}_gait.png")
+    if test.analyze_value:
+        data = plots / f"{name}_value.npz"
+        core.make_folders(plots)
+        core.write_data(learner, [step for _, step in core.play(*policy, seeds[:10])], data)
+        print(viz.plot_value(data, data.with_suffix(".png")))
     if test.render:
         core.show(*policy, seeds, test.seconds or 30.0)
     returns, lengths = core.evaluate(*policy, seeds)
-    over = f"{returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
-    print(f"return {over} (min {returns.min():.1f}, max {returns.max():.1f}), ", end="")
-    print(f"length {lengths.mean():.0f}")
+    found = {"mean": returns.mean(), "std": returns.std(), "episodes": len(returns)}
+    found |= {"min": returns.min(), "max": returns.max(), "length": lengths.mean()}
+    line = "return {mean:.1f} ± {std:.1f} over {episodes} episodes (min {min:.1f}, max {max:.1f})"
+    print(json.dumps(found) if test.json else (line + ", length {length:.0f}").format(**found))
 
 
 def parse_training(argv: Sequence[str]) -> tuple[core.Config, Path | None, bool]:
@@ -91,10 +101,10 @@ def parse_training(argv: Sequence[str]) -> tuple[core.Config, Path | None, bool]
 
     base, resume = {}, None
     if typed.config is not None:
-        with contextlib.suppress(ValueError, RecursionError):
-            base = json.loads(Path(typed.config).read_bytes())
-        if not isinstance(base, dict) or not base:
-            raise core.UserError(f"{typed.config} is no JSON object")
+        with core.explained(
+            core.UserError, f"{typed.config} is no JSON object", ValueError, TypeError
+        ):
+            base = {**json.loads(Path(typed.config).read_bytes())}
     if typed.resume is not None:
         resume = Path(typed.resume or Path(typed.out or ".", core.LAST))
         base = core.load_checkpoint(resume, typed.env)["config"]
@@ -104,7 +114,7 @@ def parse_training(argv: Sequence[str]) -> tuple[core.Config, Path | None, bool]
     rest += [word for flag, value in again if value is not None for word in (f"--{flag}", value)]
     if typed.env is not None and resume is None:
         base["env"] = typed.env  # its preset is below --config, and below what is typed
-    default = core.config_from_dict(base, str(resume or typed.config))
+    default = core.checked(core.Config.for_env, base, str(resume or typed.config))
     config = parse(core.Config, rest, default=default, description=parse_training.__doc__)
     return config, resume, typed.overwrite
 

@@ -23,10 +23,8 @@ import math
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -44,10 +42,9 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
 
 __version__ = "0.1.0"
 CHECKPOINT_FORMAT = 1  # raised when a checkpoint's contents change their meaning
@@ -65,6 +62,16 @@ class EnvironmentFailure(TrainingError):
     """An environment raised, hung, or gave numbers that are not finite."""
 
 
+@contextlib.contextmanager
+def explained(kind: type[Exception], what: str, *caught: type[Exception]) -> Iterator[None]:
+    """Any of `caught` becomes one line of this kind: what is wrong, and why."""
+    try:
+        yield
+    except caught as error:
+        why = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise kind(f"{what}: {why}") from error
+
+
 # ==== 0. Processes ================================================================================
 
 
@@ -76,10 +83,8 @@ def process() -> tuple[int, int]:
 def sum_over_processes(values: Tensor) -> Tensor:
     """The sum of all processes' `values`, in place. TrainingError where a process is gone."""
     if dist.is_initialized():
-        try:
+        with explained(TrainingError, "another process is gone, use --resume", RuntimeError):
             dist.all_reduce(values)
-        except RuntimeError as error:
-            raise TrainingError("another process is gone: go on with --resume") from error
     return values
 
 
@@ -99,10 +104,6 @@ ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
 
 # What a setting may be. A bool is no number here, and NaN and infinity are none either.
 Name = Annotated[str, Field(pattern=r"\S")]
-Count = Annotated[int, Field(ge=1)]
-Cadence = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=1)]
 STRICT = pydantic.ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
@@ -129,7 +130,7 @@ class Config(Checked):
 
     env: Name = "BipedalWalker-v3"  # Gymnasium id; `module:EnvId` imports the module first
     env_kwargs: tuple[str, ...] = ()  # arguments of the environment, each as KEY=VALUE
-    total_timesteps: Count = 1_000_000  # environment steps of the whole run
+    total_timesteps: PositiveInt = 1_000_000  # environment steps of the whole run
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # of networks, sampling and every environment
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where present, else cpu
     out: Name = "."  # folder in which checkpoints_walker/, videos/ and plots/ are made
@@ -138,10 +139,10 @@ class Config(Checked):
     vector_env: Literal["sync", "async", "envpool"] = "sync"  # how the environments are stepped
     num_envs: Annotated[int, Field(ge=1, le=100_000)] = 8  # environments stepped together (N)
     rollout_steps: Annotated[int, Field(ge=2, le=1_000_000)] = 256  # steps of each per update (T)
-    step_timeout: Positive = 60.0  # seconds until an async environment has hung
+    step_timeout: PositiveFloat = 60.0  # seconds until an async environment has hung
     norm_obs: bool = True  # normalise observations by their running mean and variance
     norm_reward: bool = True  # divide rewards by the running std of the discounted return
-    clip_obs: Positive = 10.0  # clip normalised observations to ± this
+    clip_obs: PositiveFloat = 10.0  # clip normalised observations to ± this
     clip_reward: tuple[float, float] = (-10.0, 10.0)  # normalised: LOW HIGH
 
     actor_hidden: Sizes = (64, 64)  # layer sizes of the policy
@@ -152,25 +153,25 @@ class Config(Checked):
     init_std: Annotated[float, Field(ge=0.001, le=10)] = 1.0  # initial std of the actions
     state_dependent_std: bool = False  # the policy network gives the standard deviation too
 
-    learning_rate: Positive = 3e-4  # of Adam; where the schedule starts
-    value_learning_rate: Positive | None = None  # of the value function, if another
+    learning_rate: PositiveFloat = 3e-4  # of Adam; where the schedule starts
+    value_learning_rate: PositiveFloat | None = None  # of the value function, if another
     lr_schedule: Literal["constant", "linear", "cosine", "adaptive"] = "linear"  # adaptive: by KL
-    desired_kl: Positive = 0.01  # per update, that the adaptive schedule steers to
+    desired_kl: PositiveFloat = 0.01  # per update, that the adaptive schedule steers to
     gamma: Share = 0.99  # discount factor
     gae_lambda: Share = 0.95  # λ of generalised advantage estimation
-    clip_eps: Positive = 0.2  # the probability ratio is clipped to 1 ± this
-    clip_value_eps: Positive | None = None  # an update moves values at most so far
-    entropy_coef: Weight = 0.0  # weight of the entropy bonus
-    value_coef: Weight = 0.5  # weight of the value loss
-    max_grad_norm: Positive = 0.5  # the gradient's norm is clipped to this
-    update_epochs: Count = 5  # passes over each rollout
+    clip_eps: PositiveFloat = 0.2  # the probability ratio is clipped to 1 ± this
+    clip_value_eps: PositiveFloat | None = None  # an update moves values at most so far
+    entropy_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
+    value_coef: NonNegativeFloat = 0.5  # weight of the value loss
+    max_grad_norm: PositiveFloat = 0.5  # the gradient's norm is clipped to this
+    update_epochs: PositiveInt = 5  # passes over each rollout
     minibatch_size: Annotated[int, Field(ge=2)] = 256  # rows of one gradient step (B)
-    target_kl: Positive | None = None  # end an update whose KL exceeds 1.5 × this
+    target_kl: PositiveFloat | None = None  # end an update whose KL exceeds 1.5 × this
 
-    eval_every: Cadence = 100_000  # steps between evaluations; 0: never
-    eval_episodes: Count = 10  # episodes of each periodic evaluation
-    checkpoint_every: Cadence = 0  # steps between kept step_N.pt; 0: none are kept
-    record_every: Cadence = 0  # steps between films of the policy; 0: only one at the end
+    eval_every: NonNegativeInt = 100_000  # steps between evaluations; 0: never
+    eval_episodes: PositiveInt = 10  # episodes of each periodic evaluation
+    checkpoint_every: NonNegativeInt = 0  # steps between kept step_N.pt; 0: none are kept
+    record_every: NonNegativeInt = 0  # steps between films of the policy; 0: only one at the end
     tensorboard: bool = False  # write the columns of metrics.csv for TensorBoard too
     stop_when_solved: bool = False  # end the run once 100 fresh episodes confirm the threshold
 
@@ -186,7 +187,7 @@ class Config(Checked):
         return self
 
     @classmethod
-    def for_env(cls, env: str, **settings: Any) -> Config:
+    def for_env(cls, env: str = "BipedalWalker-v3", **settings: Any) -> Config:
         """Defaults, then the environment's preset, then `settings`."""
         return cls(**{"env": env, **PRESETS.get(str(env), {}), **settings})
 
@@ -221,6 +222,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {"learning_rate": 1.5e-3, "gamma": 0.995, "init_std": 0.7, "update_epochs": 10}
 }
 PRESETS["BipedalWalkerHardcore-v3"] = PRESETS["BipedalWalker-v3"] | {"total_timesteps": 20_000_000}
+MUJOCO = {"total_timesteps": 3_000_000, "update_epochs": 10, "minibatch_size": 64}
+MUJOCO |= {"value_coef": 0.25, "eval_every": 200_000}
+PRESETS |= {"HalfCheetah-v5": MUJOCO, "Walker2d-v5": MUJOCO}
+PRESETS["Humanoid-v5"] = MUJOCO | {"total_timesteps": 10_000_000}
+PRESETS["LunarLander-v3"] = {"num_envs": 16, "rollout_steps": 1024, "minibatch_size": 512}
+PRESETS["LunarLander-v3"] |= {"gamma": 0.999, "gae_lambda": 0.98, "entropy_coef": 0.01}
+PRESETS["CarRacing-v3"] = {"total_timesteps": 2_000_000, "update_epochs": 10, "minibatch_size": 128}
+PRESETS["CarRacing-v3"] |= {"actor_hidden": (256,), "critic_hidden": (256,)}
 
 
 def plain_settings(config: Config) -> dict[str, Any]:
@@ -228,14 +237,11 @@ def plain_settings(config: Config) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(config).items() if k != "out"}
 
 
-def config_from_dict(settings: dict[str, Any], source: str | Path) -> Config:
-    """Config from plain values as JSON or a checkpoint holds them. UserError names `source`."""
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    values.pop("_about", None)
-    try:
-        return Config.for_env(values.pop("env", Config.env), **values)
-    except (UserError, TypeError) as error:  # TypeError: a name that is no string
-        raise UserError(f"{source}: {error}") from None
+def checked(kind: Callable, values: dict[str, Any], source: str | Path) -> Any:
+    """`kind`, of plain values as JSON or a checkpoint holds them. UserError names `source`."""
+    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "_about"}
+    with explained(UserError, str(source), UserError, TypeError):  # a name may be no string
+        return kind(**plain)
 
 
 # ==== 2. Environments =============================================================================
@@ -294,12 +300,10 @@ class Reporting(gym.Wrapper):
 def make_env(config: Config, render_mode: str | None = None, name: str = "environment") -> gym.Env:
     """One environment of the run. UserError where Gymnasium cannot make it or PPO cannot use it."""
     options = config.env_options | ({"render_mode": render_mode} if render_mode else {})
-    try:
-        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, in one line
+    wrong = gym.error.Error, ImportError, TypeError, ValueError
+    with explained(UserError, f"--env {config.env} cannot be made", *wrong):
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is said in one line
             env = gym.make(config.env, disable_env_checker=True, **options)
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-        why = " ".join(str(error).split())
-        raise UserError(f"--env {config.env} cannot be made: {why}") from error
     if render_mode and render_mode not in env.metadata.get("render_modes", ()):
         raise UserError(f"--env {config.env} cannot render")
     if is_image(env.observation_space):  # grey, half as large, four in a row: they show speed
@@ -384,14 +388,11 @@ def close_envs(envs: VectorEnv) -> None:
 
 
 def _make_envpool(config: Config, seeds: Sequence[int]) -> VectorEnv:
-    try:
+    shape = make_env(config).observation_space.shape
+    with explained(UserError, "--vector-env envpool needs `pip install envpool`", ImportError):
         import envpool
-    except ImportError as error:
-        raise UserError("--vector-env envpool needs `pip install envpool`") from error
-    if config.env not in envpool.list_all_envs():
-        raise UserError(f"--vector-env envpool has no {config.env}: use sync or async")
-    if is_image(make_env(config).unwrapped.observation_space):
-        raise UserError("--vector-env envpool gives single frames, not four: use sync or async")
+    if config.env not in envpool.list_all_envs() or len(shape) > 1:
+        raise UserError(f"--vector-env envpool has no {config.env}, or no vectors of it: use sync")
     settings = {"num_envs": config.num_envs, "seed": list(seeds), "num_threads": os.cpu_count()}
     return envpool.make_gymnasium(config.env, **settings, **config.env_options)
 
@@ -491,23 +492,21 @@ def orthogonal(layer: nn.Linear | nn.Conv2d, gain: float) -> nn.Module:
     return layer
 
 
-def network(
-    shape: Sequence[int], hidden: Sequence[int], outputs: int, config: Config, out_gain: float
-) -> nn.Sequential:
+def network(space: Box, sizes: Sequence[int], config: Config, out_gain: float) -> nn.Sequential:
     """Linear layers with activations between; before them, for images (C, H, W), two convolutions.
 
     Gains √2 inside and `out_gain` last: Andrychowicz et al. 2021, "What Matters In On-Policy RL".
     """
-    layers, gain = [], math.sqrt(2)
+    shape, layers, gain = space.shape, [], math.sqrt(2)
     if len(shape) == 3:  # the first two of Mnih et al. 2015, half as wide
         layers += [orthogonal(nn.Conv2d(shape[0], 16, 8, 4), gain), nn.ReLU()]
         layers += [orthogonal(nn.Conv2d(16, 32, 4, 2), gain), nn.ReLU(), nn.Flatten()]
         shape = nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[1:]
-    for inputs, size in itertools.pairwise([*shape, *hidden]):
+    for inputs, size in itertools.pairwise([*shape, *sizes[:-1]]):
         norm = [nn.LayerNorm(size)] * config.layer_norm
         layers += [orthogonal(nn.Linear(inputs, size), gain), *norm]
         layers += [ACTIVATIONS[config.activation]()]
-    return nn.Sequential(*layers, orthogonal(nn.Linear(hidden[-1], outputs), out_gain))
+    return nn.Sequential(*layers, orthogonal(nn.Linear(*sizes[-2:]), out_gain))
 
 
 class ActorCritic(nn.Module):
@@ -521,8 +520,8 @@ class ActorCritic(nn.Module):
         self.discrete, self.config = isinstance(actions, Discrete), config
         outputs = int(actions.n) if self.discrete else actions.shape[0]
         wide = outputs * (1 + (config.state_dependent_std and not self.discrete))
-        self.actor = network(obs.shape, config.actor_hidden, wide, config, out_gain=0.01)
-        self.critic = network(obs.shape, config.critic_hidden, 1, config, out_gain=1.0)
+        self.actor = network(obs, [*config.actor_hidden, wide], config, out_gain=0.01)
+        self.critic = network(obs, [*config.critic_hidden, 1], config, out_gain=1.0)
         if not self.discrete:
             raw_std = math.log(math.expm1(config.init_std))  # softplus⁻¹
             self.raw_std = nn.Parameter(torch.full((outputs,), raw_std))
@@ -577,9 +576,8 @@ class Rollout:
         self.actions = obs.new_zeros(T, N, *actions.shape, dtype=kind)  # unclipped
         self.logprobs = obs.new_zeros(T, N)
         self.rewards = obs.new_zeros(T, N)  # raw
-        self.terminated = torch.zeros_like(self.rewards, dtype=torch.bool)
-        self.truncated = torch.zeros_like(self.terminated)
-        self.valid = torch.zeros_like(self.terminated)  # False on reset rows
+        flags = torch.zeros(3, T, N, dtype=torch.bool, device=obs.device)
+        self.terminated, self.truncated, self.valid = flags  # valid: False on reset rows
 
         self.ended = np.zeros(N, dtype=bool)  # whether the step before ended an episode
         self.episode_return = np.zeros(N)
@@ -685,14 +683,13 @@ def ppo_loss(
         errors = errors.maximum((batch.values + near - batch.returns).square())
     value_loss = 0.5 * errors.mean()
     loss = policy_loss + config.value_coef * value_loss - config.entropy_coef * entropy.mean()
-    with torch.no_grad():
-        approx_kl = (ratio - 1 - log_ratio).mean()  # k3 of Schulman 2020, "Approximating KL"
-        clip_fraction = ((ratio - 1).abs() > config.clip_eps).float().mean()
-        metrics = torch.stack([policy_loss, value_loss, entropy.mean(), approx_kl, clip_fraction])
-    return loss, metrics
+    approx_kl = (ratio - 1 - log_ratio).mean()  # k3 of Schulman 2020, "Approximating KL"
+    clip_fraction = ((ratio - 1).abs() > config.clip_eps).float().mean()
+    metrics = torch.stack([policy_loss, value_loss, entropy.mean(), approx_kl, clip_fraction])
+    return loss, metrics.detach()
 
 
-def adapt_learning_rates(optimizer: Optimizer, kl: Tensor, desired_kl: float) -> None:
+def adapt_learning_rates(optimizer: torch.optim.Optimizer, kl: Tensor, desired_kl: float) -> None:
     """Steer the KL of an update, in place and without a sync point (rsl_rl's rule).
 
     A KL of exactly zero is the first minibatch, where the policy is still the old one.
@@ -706,15 +703,16 @@ def average_gradients(agent: ActorCritic, metrics: Tensor, rows: int) -> Tensor:
     """Gradients and `metrics` as means over the rows of all processes, in one flat all-reduce."""
     if not dist.is_initialized():
         return metrics
-    parts = [*(p.grad.flatten() for p in agent.parameters()), metrics, metrics.new_ones(1)]
-    flat = sum_over_processes(torch.cat(parts) * rows)
-    *gradients, metrics, _ = (flat / flat[-1]).split([len(part) for part in parts])
-    for parameter, gradient in zip(agent.parameters(), gradients, strict=True):
-        parameter.grad.copy_(gradient.view_as(parameter))
-    return metrics
+    gradients = [p.grad for p in agent.parameters()]
+    flat = nn.utils.parameters_to_vector([*gradients, metrics, metrics.new_ones(1)])
+    flat = sum_over_processes(flat * rows)
+    nn.utils.vector_to_parameters(flat / flat[-1], gradients)
+    return (flat / flat[-1])[-1 - len(metrics) : -1]
 
 
-def update(agent: ActorCritic, optimizer: Optimizer, batch: Batch, config: Config) -> Metrics:
+def update(
+    agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: Batch, config: Config
+) -> Metrics:
     """Epochs of freshly shuffled minibatches; metrics averaged over all of them.
 
     The rows are split into `num_minibatches` near-equal parts, so that none is tiny and every
@@ -742,16 +740,16 @@ def update(agent: ActorCritic, optimizer: Optimizer, batch: Batch, config: Confi
     averages = torch.stack(history).mean(0).tolist()  # sync point, once an update
     residual = (batch.returns - batch.values).var(correction=0)
     columns = dict(zip((*LOSS_METRICS, "grad_norm"), averages, strict=True))
-    explained = 1 - residual / (batch.returns.var(correction=0) + 1e-8)
-    columns["explained_variance"] = float(explained)
-    columns["learning_rate"] = float(optimizer.param_groups[0]["lr"])
+    share = 1 - residual / (batch.returns.var(correction=0) + 1e-8)
+    rate = optimizer.param_groups[0]["lr"]
+    columns |= {"explained_variance": float(share), "learning_rate": float(rate)}
     if not agent.discrete:
         with torch.no_grad():
             columns["action_std"] = float(agent.distribution(batch.obs).stddev.mean())
     return columns
 
 
-def schedule_learning_rates(optimizer: Optimizer, config: Config, step: int) -> None:
+def schedule_learning_rates(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
     """Those of the policy and of the value function at an absolute step of the whole run."""
     progress = min(step / config.total_timesteps, 1.0)
     shapes = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
@@ -763,11 +761,16 @@ def schedule_learning_rates(optimizer: Optimizer, config: Config, step: int) -> 
 # ==== 7. Evaluate =================================================================================
 
 Act = Callable[[np.ndarray], np.ndarray]  # raw observations (B, O) to actions (B, A)
+Step = dict[str, Any]  # of an episode: what it began with, was given, and led to
+
+
+def frames_per_second(config: Config) -> float:
+    return make_env(config).metadata.get("render_fps", 30)
 
 
 def play(
     act: Act, config: Config, seeds: Sequence[int], together: int = 1, render: str | None = None
-) -> Iterator[tuple[gym.Env, dict[str, Any]]]:
+) -> Iterator[tuple[gym.Env, Step]]:
     """One deterministic episode for each seed; yields each step, and the environment after it.
 
     Episode k is reset with seeds[k]; `together` of them step at once, which is faster.
@@ -821,21 +824,13 @@ def resolve_device(name: str) -> torch.device:
 class Counters(Checked):
     """Where a run stands; plain numbers, saved with it."""
 
-    step: Cadence = 0
-    iteration: Cadence = 0
-    wall_s: Weight = 0.0
+    step: NonNegativeInt
+    iteration: NonNegativeInt
+    wall_s: NonNegativeFloat
     best_return: float | None = None
-    best_step: Cadence | None = None
-    solved_step: Cadence | None = None
-    solved_wall_s: Weight | None = None
-
-
-def load_counters(state: dict[str, Any], source: str | Path) -> Counters:
-    """Those of a checkpoint. UserError where they are none."""
-    try:
-        return Counters(**(dict.fromkeys(vars(Counters())) | state["counters"]))
-    except (UserError, TypeError) as error:
-        raise UserError(f"{source}: its counters are damaged: {error}") from None
+    best_step: NonNegativeInt | None = None
+    solved_step: NonNegativeInt | None = None
+    solved_wall_s: NonNegativeFloat | None = None
 
 
 class Learner:
@@ -859,7 +854,7 @@ class Learner:
         self.optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
         self.obs_normalizer = ObservationNormalizer(self.spaces[0], config)
         self.reward_normalizer = RewardNormalizer(config)
-        self.counters = Counters()
+        self.counters = Counters(step=0, iteration=0, wall_s=0.0)
         self.saved_at = self.save_s = 0.0  # when last.pt was written, and how long a save takes
         self.started = time.perf_counter()  # as if the run had been in one piece
 
@@ -882,12 +877,9 @@ class Learner:
 
         Tensors and plain values only, so that loading them can run no code.
         """
-        state = {
-            "format": CHECKPOINT_FORMAT,
-            "version": __version__,
-            "config": plain_settings(self.config),
-            "counters": dataclasses.asdict(self.counters),
-        } | {part: getattr(self, part).state_dict() for part in LEARNED}
+        state = {part: getattr(self, part).state_dict() for part in LEARNED}
+        state |= {"format": CHECKPOINT_FORMAT, "version": __version__}
+        state |= {"config": plain_settings(self.config), "counters": vars(self.counters)}
         began, data = time.perf_counter(), io.BytesIO()
         torch.save(state, data)  # by itself it makes a RuntimeError of a full disk
         with atomic_path(Path(self.config.out) / name) as temporary:
@@ -902,7 +894,7 @@ class Learner:
         """Load these parts of a checkpoint's state. UserError where they do not fit."""
         like = {part: getattr(self, part).state_dict() for part in parts}
         if "optimizer" in parts:  # all of a run; Adam has moments after a first step
-            self.counters = load_counters(state, source)
+            self.counters = checked(Counters, state["counters"], source)
             step, params = torch.tensor(0.0), [p.detach() for p in self.agent.parameters()]
             filled = ({"step": step, "exp_avg": p, "exp_avg_sq": p} for p in params)
             like["optimizer"]["state"] = dict(enumerate(filled)) if self.counters.iteration else {}
@@ -932,13 +924,9 @@ def misfit(value: Any, like: Any, name: str) -> str | None:
     return f"{name} is damaged, or of shape {tuple(value.shape)}, not {tuple(like.shape)}"
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> contextlib.AbstractContextManager[None]:
     """TrainingError that names the file where it cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise TrainingError(f"{path} cannot be written: {error.strerror or error}") from error
+    return explained(TrainingError, f"{path} cannot be written", OSError)
 
 
 @contextlib.contextmanager
@@ -969,18 +957,17 @@ def load_checkpoint(path: str | Path, env: str | None = None) -> dict[str, Any]:
     load most flipped bits silently as other values. An environment of the form `module:EnvId` would
     be imported, so it must be given as `env`, by the user.
     """
-    verified, data = io.BytesIO(), Path(path).read_bytes()
+    verified, data = io.BytesIO(), io.BytesIO(Path(path).read_bytes())
     try:
-        with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(io.BytesIO(data)) as archive:
-            records = archive.infolist()
-            size = sum(record.file_size for record in records)
-            if size > len(data) or any(record.compress_type for record in records):
-                raise ValueError("it would inflate: torch packs nothing")
-            with zipfile.ZipFile(verified, "w") as copy:
+        with warnings.catch_warnings(action="ignore"):
+            with zipfile.ZipFile(data) as archive, zipfile.ZipFile(verified, "w") as copy:
+                records = archive.infolist()
+                size = sum(record.file_size for record in records)
+                if size > len(data.getvalue()) or any(record.compress_type for record in records):
+                    raise ValueError("it would inflate: torch packs nothing")
                 for record in records:
                     copy.writestr(record.filename, archive.read(record))  # checks the checksum
-            verified.seek(0)
-            state = torch.load(verified, "cpu", weights_only=True)
+            state = torch.load(io.BytesIO(verified.getvalue()), "cpu", weights_only=True)
     except Exception:  # whatever a forged pickle makes of it
         raise UserError(f"{path} is no checkpoint, or a damaged one") from None
     state = state if isinstance(state, dict) else {}
@@ -998,30 +985,29 @@ def load_checkpoint(path: str | Path, env: str | None = None) -> dict[str, Any]:
 
 # ==== 9. Log and export ===========================================================================
 
-CSV_COLUMNS = (
-    "step,iteration,wall_s,steps_per_s,collect_s,update_s,eval_s,episodes,return_mean,return_min,"
-    "return_max,length_mean,length_min,length_max,eval_return_mean,eval_return_std,eval_episodes,"
-    "policy_loss,value_loss,entropy,approx_kl,clip_fraction,explained_variance,action_std,"
-    "grad_norm,learning_rate"
-).split(",")
+CSV_COLUMNS = """step iteration wall_s steps_per_s collect_s update_s eval_s episodes return_mean
+return_min return_max length_mean length_min length_max eval_return_mean eval_return_std
+eval_episodes policy_loss value_loss entropy approx_kl clip_fraction explained_variance action_std
+grad_norm learning_rate""".split()
 
-
-# A run writes these files and step_N.pt below --out, and no others.
 BEST, LAST = "checkpoints_walker/best.pt", "checkpoints_walker/last.pt"
 METRICS, CONFIG = "checkpoints_walker/metrics.csv", "checkpoints_walker/config.json"
 FILM, CURVES = "videos/walker_final.mp4", "plots/training_curves.png"
-BOARD = "tensorboard"  # beside metrics.csv
+BOARD = "checkpoints_walker/tensorboard"
+# All that a run writes below --out, and what one that was killed leaves.
+WRITTEN = f"""{BEST} {LAST} {METRICS} {CONFIG} {FILM} videos/walker_final.gif {CURVES}
+{BOARD}/events.*
+checkpoints_walker/step_[0-9]*.pt videos/step_[0-9]*.mp4 videos/step_[0-9]*.gif""".split()
+HALF_WRITTEN = "checkpoints_walker/.*.tmp.*", "videos/.*.tmp.*", "plots/.*.tmp.*"
 
 
 def make_folders(*folders: Path) -> None:
     """UserError, before any is made, where one cannot be made or written to."""
     blocked = [folder for folder in folders if folder.exists() and not folder.is_dir()]
-    try:
-        for folder in blocked or folders:
+    for folder in blocked or folders:
+        with explained(UserError, f"--out cannot be written to: {folder}", OSError):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"--out cannot be written to: {error}") from None
 
 
 def claim_folder(out: Path, resume: str | Path | None, overwrite: bool) -> FileLock:
@@ -1030,24 +1016,17 @@ def claim_folder(out: Path, resume: str | Path | None, overwrite: bool) -> FileL
     UserError where they hold another run, one is running in them, or they cannot be written to.
     """
     own = resume is not None and Path(resume).resolve().parent == (out / LAST).resolve().parent
+    folders = [(out / name).parent for name in (LAST, FILM, CURVES)]
     if not (own or overwrite) and any((out / name).exists() for name in (BEST, LAST, METRICS)):
         choices = "go on with --resume, choose another folder with --out, or --overwrite it"
-        raise UserError(f"{(out / LAST).parent} holds a run: {choices}")
-    make_folders(*((out / name).parent for name in (LAST, FILM, CURVES)))
-    lock = FileLock((out / LAST).with_name(".lock"))
-    try:
+        raise UserError(f"{folders[0]} holds a run: {choices}")
+    make_folders(*folders)
+    lock = FileLock(folders[0] / ".lock")
+    with explained(UserError, f"{folders[0]} is in use by a run that is still going", Timeout):
         lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{(out / LAST).parent} is in use by a run that is still going") from None
-    for folder in {(out / name).parent for name in (LAST, FILM, CURVES)}:
-        for path in folder.glob(".*.tmp.*"):  # half-written by a run that was killed
+    for pattern in [*HALF_WRITTEN, *WRITTEN] if overwrite else HALF_WRITTEN:
+        for path in out.glob(pattern):
             path.unlink()
-    if overwrite:
-        shutil.rmtree((out / LAST).with_name(BOARD), ignore_errors=True)
-        gif = (out / FILM).with_suffix(".gif")
-        steps = [p for p in (out / LAST).parent.glob("step_*.pt") if p.stem[5:].isdecimal()]
-        for path in [*(out / n for n in (BEST, LAST, METRICS, CONFIG, FILM, CURVES)), gif, *steps]:
-            path.unlink(missing_ok=True)
     return lock
 
 
@@ -1057,8 +1036,8 @@ class RunLog:
     def __init__(self, path: Path, config: Config, counters: Counters) -> None:
         from tqdm import tqdm
 
-        whole = path.read_text().rpartition("\n")[0] if path.exists() else ""  # no torn last line
-        rows = whole.splitlines()[1:]
+        text = path.read_text() if path.exists() else ""
+        rows = text.split("\n")[1:-1]  # behind the last line's end: nothing, or a torn line
         if any(not row.split(",")[0].isdecimal() for row in rows):
             raise UserError(f"{path} is damaged: a row has no step; mend it, or remove it")
         rows = [row for row in rows if int(row.split(",")[0]) <= counters.step]
@@ -1067,23 +1046,21 @@ class RunLog:
         self.path, self.file, self.said_at = path, open(path, "a"), time.monotonic()
         total = config.num_iterations * config.batch_size * process()[1]
         how = {"unit": " steps", "unit_scale": True, "disable": None}  # None: but on a terminal
-        self.bar = tqdm(total=total, initial=counters.step, **how)
-        self.board = None
+        self.bar, self.board = tqdm(total=total, initial=counters.step, **how), None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(path.with_name(BOARD), purge_step=counters.step + 1)
+            self.board = SummaryWriter(path.parents[1] / BOARD, purge_step=counters.step + 1)
 
     def row(self, row: dict[str, Any]) -> None:
         """Append a row, flushed; a column that is not given stays empty. Show where the run is."""
-        cells = (row.get(name) for name in CSV_COLUMNS)
-        cells = (f"{x:.6g}" if isinstance(x, float) else "" if x is None else str(x) for x in cells)
+        given = {name: row[name] for name in CSV_COLUMNS if row.get(name) is not None}
+        cells = {k: f"{x:.6g}" if isinstance(x, float) else str(x) for k, x in given.items()}
         with writing(self.path):
-            self.file.write(",".join(cells) + "\n")
+            self.file.write(",".join(cells.get(name, "") for name in CSV_COLUMNS) + "\n")
             self.file.flush()
-        for name in CSV_COLUMNS if self.board else ():
-            if row.get(name) is not None:
-                self.board.add_scalar(name, row[name], row["step"])
+        for name, number in given.items() if self.board else ():
+            self.board.add_scalar(name, number, row["step"])
         shown = {"return": row.get("return_mean"), "best": row["best_return"]}
         text = ", ".join(f"{k} {'–' if v is None else f'{v:.1f}'}" for k, v in shown.items())
         self.bar.set_postfix_str(text, refresh=False)
@@ -1093,8 +1070,8 @@ class RunLog:
             self.say(f"step {row['step']:,} of {self.bar.total:,}: {text}")
 
     def say(self, text: str) -> None:
-        self.bar.write(text)
-        sys.stdout.flush()
+        with self.bar.external_write_mode():
+            print(text, flush=True)
         self.said_at = time.monotonic()
 
     def close(self) -> None:
@@ -1114,22 +1091,21 @@ def write_config(config: Config, threshold: float | None, path: Path) -> None:
 
 
 def record_episode(
-    act: Act, config: Config, seed: int, mp4: Path, seconds: float = math.inf
-) -> list[dict[str, Any]]:
+    act: Act, config: Config, seed: int, mp4: Path, seconds: float | None = None
+) -> list[Step]:
     """Film one deterministic episode, headless: H.264 in yuv420p, and a GIF of at most 3 MB.
 
     Returns what each step held. UserError where the environment cannot render.
     """
     import imageio
 
-    rows, fps = [], make_env(config).metadata.get("render_fps", 30)
+    rows, fps = [], frames_per_second(config)
     h264 = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 2}  # keeps even sizes
-    steps = play(act, config, [seed], render="rgb_array")
-    with contextlib.closing(steps), atomic_path(mp4) as temporary:
+    limit = seconds and round(seconds * fps)
+    steps = itertools.islice(play(act, config, [seed], 1, "rgb_array"), limit)
+    with atomic_path(mp4) as temporary:
         with imageio.get_writer(temporary, fps=fps, **h264) as video:
             for env, row in steps:
-                if len(rows) >= seconds * fps:
-                    break
                 if (frame := env.render()) is None:
                     raise UserError(f"--env {config.env} renders nothing")
                 video.append_data(frame)
@@ -1164,32 +1140,29 @@ def gait_state(env: gym.Env) -> dict[str, np.ndarray]:
     walker = env.unwrapped
     if not (hasattr(walker, "hull") and hasattr(walker, "legs")):
         return {}
-    hull, (thighs, shins), length = walker.hull, (walker.legs[::2], walker.legs[1::2]), 34 / 30
+    hull, legs, shins, length = walker.hull, walker.legs, walker.legs[1::2], 34 / 30
     knees = np.array([shin.GetWorldPoint((0, length / 2)) for shin in shins])
     ground = np.interp(knees[:, 0], walker.terrain_x, walker.terrain_y)
     contacts = np.full((2, 2), np.nan)
-    for span, thigh, shin in zip(contacts, thighs, shins, strict=True):
+    for span, thigh, shin in zip(contacts, legs[::2], shins, strict=True):
         touching = [e.contact for e in [*thigh.contacts, *shin.contacts] if e.contact.touching]
         points = [p for c in touching for p in c.worldManifold.points[: c.manifold.pointCount]]
-        heights = [shin.GetLocalPoint(point)[1] / length + 0.5 for point in points]
-        span[:] = (min(heights), max(heights)) if heights else np.nan
-    rates = (*hull.linearVelocity, hull.angularVelocity)
-    return {
-        "hull": np.array([*hull.position, hull.angle, *rates]),
-        "joints": np.array([(j.angle, j.speed, j.GetMotorTorque(50)) for j in walker.joints]),
-        "knees": np.column_stack([knees, ground]),
-        "contacts": contacts,
-    }
+        if heights := [shin.GetLocalPoint(point)[1] / length + 0.5 for point in points]:
+            span[:] = min(heights), max(heights)
+    pose = np.array([*hull.position, hull.angle, *hull.linearVelocity, hull.angularVelocity])
+    joints = np.array([(j.angle, j.speed, j.GetMotorTorque(50)) for j in walker.joints])
+    knees = np.column_stack([knees, ground])
+    return {"hull": pose, "joints": joints, "knees": knees, "contacts": contacts}
 
 
-def write_data(learner: Learner, rows: list[dict[str, Any]], path: Path) -> None:
+def write_data(learner: Learner, rows: list[Step], path: Path) -> None:
     """Steps of `play` as an .npz for viz.py: each entry stacked, values, and what they are in."""
     arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     arrays["values"] = learner.value(arrays["observations"])
     arrays["next_values"] = learner.value(arrays.pop("next_observations"))
-    norm, fps = learner.reward_normalizer, learner.env.metadata.get("render_fps", 30)
+    norm, dt = learner.reward_normalizer, 1 / frames_per_second(learner.config)
     clip = norm.clip if norm.enabled else (-math.inf, math.inf)
-    units = {"dt": 1 / fps, "gamma": norm.gamma, "reward_scale": norm.scale(), "reward_clip": clip}
+    units = {"dt": dt, "gamma": norm.gamma, "reward_scale": norm.scale(), "reward_clip": clip}
     with atomic_path(path) as temporary:
         np.savez_compressed(temporary, **arrays, **units)
 
@@ -1236,20 +1209,19 @@ def prepare_learner(config: Config, resume: str | Path | None) -> Learner:
     learner = Learner(config)
     if resume is not None:
         state = load_checkpoint(resume, config.env)
-        saved = config_from_dict(state["config"], str(resume))
-        for field in dataclasses.fields(Config):
-            new, old = getattr(config, field.name), getattr(saved, field.name)
-            if new != old and field.name not in RESUMABLE:
-                flag = field.name.replace("_", "-")
+        saved = checked(Config.for_env, state["config"], resume)
+        for name, old in vars(saved).items():
+            if (new := getattr(config, name)) != old and name not in RESUMABLE:
+                flag = name.replace("_", "-")
                 raise UserError(f"--{flag} is {new!r}, but {resume} was trained with {old!r}")
         learner.load(state, resume, LEARNED)
-        learner.started -= learner.counters.wall_s
+        counters = learner.counters
+        learner.started -= counters.wall_s
+        counters.best_return = counters.best_step = None
         best = Path(config.out, BEST)  # it may be newer than the checkpoint
-        found = (
-            load_counters(load_checkpoint(best, config.env), best) if best.exists() else Counters()
-        )
-        for name in ("best_return", "best_step"):
-            setattr(learner.counters, name, getattr(found, name))
+        if best.exists():
+            found = checked(Counters, load_checkpoint(best, config.env)["counters"], best)
+            counters.best_return, counters.best_step = found.best_return, found.best_step
     elif config.init_from is not None:
         learner.load(load_checkpoint(config.init_from, config.env), config.init_from, POLICY)
     return learner
@@ -1316,9 +1288,9 @@ def check_finite(values: Metrics, counters: Counters) -> None:
 def episode_columns(episodes: list[tuple[float, int]]) -> Metrics:
     """Raw returns and lengths of the episodes that ended in an iteration."""
     columns: Metrics = {"episodes": len(episodes)}
-    for name, values in zip(("return", "length"), zip(*episodes, strict=True), strict=False):
-        columns[f"{name}_mean"] = float(np.mean(values))
-        columns[f"{name}_min"], columns[f"{name}_max"] = min(values), max(values)
+    for name, all_ in zip(("return", "length"), zip(*episodes, strict=True), strict=False):
+        columns |= {f"{name}_mean": float(np.mean(all_)), f"{name}_min": min(all_)}
+        columns[f"{name}_max"] = max(all_)
     return columns
 
 
@@ -1436,7 +1408,7 @@ def train(
 def load_learner(checkpoint: str, env: str | None, seed: int, device: str, out: str) -> Learner:
     """A trained policy with its statistics. UserError where it is none, or does not fit `env`."""
     state = load_checkpoint(checkpoint, env)
-    config = config_from_dict(state["config"], checkpoint)
+    config = checked(Config.for_env, state["config"], checkpoint)
     changes = {} if env in (None, config.env) else {"env": env, "env_kwargs": ()}
     learner = Learner(dataclasses.replace(config, seed=seed, device=device, out=out, **changes))
     learner.load(state, checkpoint, (*POLICY, "reward_normalizer"))
@@ -1445,7 +1417,6 @@ def load_learner(checkpoint: str, env: str | None, seed: int, device: str, out: 
 
 def show(act: Act, config: Config, seeds: Sequence[int], seconds: float) -> None:
     """Play episodes in a window for `seconds` of simulated time, one after another."""
-    steps = round(seconds * make_env(config).metadata.get("render_fps", 30))
-    with contextlib.closing(play(act, config, seeds, render="human")) as episodes:
-        for _ in itertools.islice(episodes, steps):
-            pass  # the window shows each step by itself
+    steps = round(seconds * frames_per_second(config))
+    for _ in itertools.islice(play(act, config, seeds, 1, "human"), steps):
+        pass  # the window shows each step by itself

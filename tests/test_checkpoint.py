@@ -50,7 +50,7 @@ def test_everything_comes_back_to_the_bit(trained, state, tmp_path):
     torch.manual_seed(9)
     assert not same(learner.agent.state_dict(), state["agent"])
     learner.load(state, trained, core.LEARNED)
-    learner.counters = core.load_counters(state, trained)
+    learner.counters = core.checked(core.Counters, state["counters"], trained)
     learner.save("again.pt")
     again = core.load_checkpoint(tmp_path / "again.pt")
     assert again.pop("config").pop("seed") == 9
@@ -76,7 +76,7 @@ def test_a_checkpoint_holds_all_that_training_changed(state, tmp_path):
     assert state["obs_normalizer"]["count"] > 100
     assert 100 < state["reward_normalizer"]["count"] <= 128
     config = tiny(eval_every=64, layer_norm=True)
-    assert core.config_from_dict(state["config"], "last.pt") == config
+    assert core.checked(core.Config.for_env, state["config"], "last.pt") == config
 
 
 def test_a_checkpoint_is_tensors_and_plain_values_only(trained):
@@ -385,7 +385,7 @@ def test_init_from_takes_weights_and_observation_statistics_and_nothing_else(tra
     assert same(learner.agent.state_dict(), state["agent"])
     assert same(dict(learner.obs_normalizer.state_dict()), dict(state["obs_normalizer"]))
     assert not same(fresh.agent.state_dict(), state["agent"])
-    assert learner.counters == core.Counters()
+    assert learner.counters == core.Counters(0, 0, 0.0)
     assert learner.optimizer.state_dict()["state"] == {}
     assert learner.optimizer.param_groups[0]["lr"] == 0.5
     assert learner.reward_normalizer.count == 0

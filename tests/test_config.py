@@ -202,20 +202,20 @@ def test_settings_come_back_equal_through_json_but_for_the_folder_they_lie_in():
     config = tiny("somewhere", clip_reward=(-5.0, 2.5), target_kl=0.02, layer_norm=True)
     plain = core.plain_settings(config)
     assert set(plain) == set(FIELDS) - {"out"}
-    back = core.config_from_dict(json.loads(json.dumps(plain)), "a.json")
+    back = core.checked(Config.for_env, json.loads(json.dumps(plain)), "a.json")
     assert back == dataclasses.replace(config, out=Config.out)
     assert hash(back)  # lists have become tuples
 
 
 def test_remarks_in_a_file_of_settings_are_no_settings():
     settings = core.plain_settings(tiny()) | {"_about": {"reward_threshold": 300}}
-    assert core.config_from_dict(settings, "a.json") == tiny()
+    assert core.checked(Config.for_env, settings, "a.json") == tiny()
 
 
 def test_a_file_of_settings_starts_from_the_preset_of_its_environment():
-    config = core.config_from_dict({"env": "BipedalWalker-v3", "gamma": 0.5}, "a.json")
+    config = core.checked(Config.for_env, {"env": "BipedalWalker-v3", "gamma": 0.5}, "a.json")
     assert config == Config.for_env("BipedalWalker-v3", gamma=0.5)
-    assert core.config_from_dict({}, "a.json") == Config.for_env("BipedalWalker-v3")
+    assert core.checked(Config.for_env, {}, "a.json") == Config.for_env("BipedalWalker-v3")
 
 
 @pytest.mark.parametrize(
@@ -232,5 +232,5 @@ def test_a_file_of_settings_starts_from_the_preset_of_its_environment():
 )
 def test_a_wrong_setting_in_a_file_is_refused_with_the_files_name(settings, said):
     with pytest.raises(UserError) as caught:
-        core.config_from_dict(settings, "a.json")
+        core.checked(Config.for_env, settings, "a.json")
     assert str(caught.value).startswith(said)

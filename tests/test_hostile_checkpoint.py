@@ -465,7 +465,7 @@ def changes() -> Iterator[tuple[str, tuple, Any]]:
     for key, value in {
         **{"gama": 0.9, "gamma": "x", "env": 5, "env_kwargs": 5, "actor_hidden": 64, "seed": 1.5},
         **{"activation": "gelu", "device": "tpu", "init_from": 5, "learning_rate": torch.zeros(3)},
-        **{"clip_obs": torch.ones(()), "clip_reward": [1], "num_envs": NAN, "critic_hidden": []},
+        **{"clip_obs": torch.ones(2), "clip_reward": [1], "num_envs": NAN, "critic_hidden": []},
         **{"layer_norm": 1, "norm_obs": "no", "total_timesteps": -1, "init_std": INF, 3: 4},
     }.items():
         yield reads_config, ("config", key), value

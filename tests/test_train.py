@@ -600,7 +600,7 @@ def shown_row(step: int = BATCH) -> dict[str, float]:
 
 
 def test_where_no_terminal_is_the_log_is_plain_lines(tmp_path, capsys):
-    log = core.RunLog(tmp_path / "metrics.csv", tiny(), core.Counters())
+    log = core.RunLog(tmp_path / "metrics.csv", tiny(), core.Counters(0, 0, 0.0))
     log.row(shown_row())
     assert capsys.readouterr() == ("", "")  # not a line an iteration
     log.said_at -= 60
@@ -619,7 +619,7 @@ def test_on_a_terminal_a_bar_shows_return_best_rate_and_time_left(tmp_path, monk
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "200")
-    log = core.RunLog(tmp_path / "metrics.csv", tiny(), core.Counters())
+    log = core.RunLog(tmp_path / "metrics.csv", tiny(), core.Counters(0, 0, 0.0))
     log.row(shown_row())
     time.sleep(0.15)  # tqdm draws at most every 0.1 s
     log.row(shown_row(2 * BATCH))
