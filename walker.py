@@ -46,9 +46,7 @@ class Evaluation(core.Checked):
     record: bool = False  # film one as videos/NAME.mp4, .gif, .npz (its data); NAME: checkpoint's
     analyze_value: bool = False  # predicted values against realised returns: plots/NAME_value.png
     render: bool = False  # show episodes in a window before the test
-    seconds: pydantic.PositiveFloat | None = (
-        None  # at most so long a film or show; default: one episode, or 30 s
-    )
+    seconds: pydantic.PositiveFloat | None = None  # at most; else one episode, a show of 30 s
     json: bool = False  # the last line is a JSON object
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where present, else cpu
     out: str = "."  # folder in which videos/ and plots/ are made
@@ -57,21 +55,20 @@ class Evaluation(core.Checked):
 def evaluate(test: Evaluation) -> None:
     """Film, analyse or show the policy, where asked, then test it on fresh episodes."""
     learner = core.load_learner(test.checkpoint, test.env, test.seed, test.device, test.out)
-    seeds = core.env_seeds(test.seed, core.TEST, test.episodes)
     policy, name = (learner.act, learner.config), Path(test.checkpoint).stem
+    seeds = core.env_seeds(test.seed, core.TEST, test.episodes)
     videos, plots = Path(test.out, "videos"), Path(test.out, "plots")
     if test.record:
-        mp4, data = videos / f"{name}.mp4", videos / f"{name}.npz"
-        core.make_folders(videos, plots)
-        steps = core.record_episode(*policy, seeds[0], mp4, test.seconds)
-        core.write_data(learner, steps, data)
-        print(f"video: {mp4}, its GIF and its data beside it")
+        core.make_folders(videos)
+        steps = core.record_episode(*policy, seeds[0], videos / f"{name}.mp4", test.seconds)
+        core.write_data(learner, steps, data := videos / f"{name}.npz")
+        print(f"video: {videos / name}.mp4, its GIF and its data beside it")
         if "hull" in steps[0]:
             viz.plot_gait(data, plots / f"{name}_gait.png")
     if test.analyze_value:
-        data = plots / f"{name}_value.npz"
         core.make_folders(plots)
-        core.write_data(learner, [step for _, step in core.play(*policy, seeds[:10])], data)
+        steps = [step for _, step in core.play(*policy, seeds[:10])]
+        core.write_data(learner, steps, data := plots / f"{name}_value.npz")
         print(viz.plot_value(data, data.with_suffix(".png")))
     if test.render:
         core.show(*policy, seeds, test.seconds or 30.0)
@@ -101,9 +98,8 @@ def parse_training(argv: Sequence[str]) -> tuple[core.Config, Path | None, bool]
 
     base, resume = {}, None
     if typed.config is not None:
-        with core.explained(
-            core.UserError, f"{typed.config} is no JSON object", ValueError, TypeError
-        ):
+        wrong = ValueError, TypeError, RecursionError
+        with core.explained(core.UserError, f"{typed.config} is no JSON object", *wrong):
             base = {**json.loads(Path(typed.config).read_bytes())}
     if typed.resume is not None:
         resume = Path(typed.resume or Path(typed.out or ".", core.LAST))

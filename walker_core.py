@@ -44,9 +44,10 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.optim import Optimizer
 
 __version__ = "0.1.0"
+File = str | Path
 CHECKPOINT_FORMAT = 1  # raised when a checkpoint's contents change their meaning
 
 
@@ -175,8 +176,7 @@ class Config(Checked):
     tensorboard: bool = False  # write the columns of metrics.csv for TensorBoard too
     stop_when_solved: bool = False  # end the run once 100 fresh episodes confirm the threshold
 
-    @pydantic.model_validator(mode="after")
-    def _check_together(self) -> Config:
+    def __post_init__(self) -> None:
         if not all("=" in pair for pair in self.env_kwargs):
             raise UserError(f"--env-kwargs is {self.env_kwargs}: it must be KEY=VALUE, each")
         if not self.clip_reward[0] < self.clip_reward[1]:
@@ -184,7 +184,6 @@ class Config(Checked):
         if self.minibatch_size > self.batch_size:
             most = f"at most the batch, num_envs × rollout_steps = {self.batch_size}"
             raise UserError(f"--minibatch-size is {self.minibatch_size}: it must be {most}")
-        return self
 
     @classmethod
     def for_env(cls, env: str = "BipedalWalker-v3", **settings: Any) -> Config:
@@ -223,13 +222,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESETS["BipedalWalkerHardcore-v3"] = PRESETS["BipedalWalker-v3"] | {"total_timesteps": 20_000_000}
 MUJOCO = {"total_timesteps": 3_000_000, "update_epochs": 10, "minibatch_size": 64}
-MUJOCO |= {"value_coef": 0.25, "eval_every": 200_000}
 PRESETS |= {"HalfCheetah-v5": MUJOCO, "Walker2d-v5": MUJOCO}
-PRESETS["Humanoid-v5"] = MUJOCO | {"total_timesteps": 10_000_000}
-PRESETS["LunarLander-v3"] = {"num_envs": 16, "rollout_steps": 1024, "minibatch_size": 512}
-PRESETS["LunarLander-v3"] |= {"gamma": 0.999, "gae_lambda": 0.98, "entropy_coef": 0.01}
-PRESETS["CarRacing-v3"] = {"total_timesteps": 2_000_000, "update_epochs": 10, "minibatch_size": 128}
-PRESETS["CarRacing-v3"] |= {"actor_hidden": (256,), "critic_hidden": (256,)}
+PRESETS["Humanoid-v5"] = MUJOCO | {"total_timesteps": 10_000_000, "value_coef": 0.25}
+PRESETS["LunarLander-v3"] = {"num_envs": 16, "gamma": 0.999, "gae_lambda": 0.98, "update_epochs": 4}
+PRESETS["CarRacing-v3"] = {"update_epochs": 10, "actor_hidden": (256,), "critic_hidden": (256,)}
 
 
 def plain_settings(config: Config) -> dict[str, Any]:
@@ -237,7 +233,7 @@ def plain_settings(config: Config) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(config).items() if k != "out"}
 
 
-def checked(kind: Callable, values: dict[str, Any], source: str | Path) -> Any:
+def checked(kind: Callable, values: dict[str, Any], source: File) -> Any:
     """`kind`, of plain values as JSON or a checkpoint holds them. UserError names `source`."""
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "_about"}
     with explained(UserError, str(source), UserError, TypeError):  # a name may be no string
@@ -318,8 +314,7 @@ def make_env(config: Config, render_mode: str | None = None, name: str = "enviro
 
 
 def is_vector(space: gym.Space) -> bool:
-    fits = isinstance(space, Box) and len(space.shape) == 1
-    return fits and np.issubdtype(space.dtype, np.floating)
+    return isinstance(space, Box) and len(space.shape) == 1 and space.dtype.kind == "f"
 
 
 def is_image(space: gym.Space) -> bool:
@@ -486,7 +481,7 @@ class RewardNormalizer(RunningMeanStd):
 # ==== 3. Networks =================================================================================
 
 
-def orthogonal(layer: nn.Linear | nn.Conv2d, gain: float) -> nn.Module:
+def orthogonal(layer: nn.Linear | nn.Conv2d, gain: float = math.sqrt(2)) -> nn.Module:
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
@@ -497,15 +492,14 @@ def network(space: Box, sizes: Sequence[int], config: Config, out_gain: float) -
 
     Gains √2 inside and `out_gain` last: Andrychowicz et al. 2021, "What Matters In On-Policy RL".
     """
-    shape, layers, gain = space.shape, [], math.sqrt(2)
+    shape, layers = space.shape, []
     if len(shape) == 3:  # the first two of Mnih et al. 2015, half as wide
-        layers += [orthogonal(nn.Conv2d(shape[0], 16, 8, 4), gain), nn.ReLU()]
-        layers += [orthogonal(nn.Conv2d(16, 32, 4, 2), gain), nn.ReLU(), nn.Flatten()]
+        layers += [orthogonal(nn.Conv2d(shape[0], 16, 8, 4)), nn.ReLU()]
+        layers += [orthogonal(nn.Conv2d(16, 32, 4, 2)), nn.ReLU(), nn.Flatten()]
         shape = nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[1:]
     for inputs, size in itertools.pairwise([*shape, *sizes[:-1]]):
         norm = [nn.LayerNorm(size)] * config.layer_norm
-        layers += [orthogonal(nn.Linear(inputs, size), gain), *norm]
-        layers += [ACTIVATIONS[config.activation]()]
+        layers += [orthogonal(nn.Linear(inputs, size)), *norm, ACTIVATIONS[config.activation]()]
     return nn.Sequential(*layers, orthogonal(nn.Linear(*sizes[-2:]), out_gain))
 
 
@@ -531,7 +525,7 @@ class ActorCritic(nn.Module):
             return torch.distributions.Categorical(logits=self.actor(obs), validate_args=False)
         mean, *by_state = self.actor(obs).split(len(self.raw_std), dim=-1)
         mean = mean.tanh() if self.config.mean_activation == "tanh" else mean
-        std = F.softplus(self.raw_std + sum(by_state)).expand_as(mean)
+        std = nn.functional.softplus(self.raw_std + sum(by_state)).expand_as(mean)
         normal = torch.distributions.Normal(mean, std, validate_args=False)
         return torch.distributions.Independent(normal, 1, validate_args=False)
 
@@ -558,8 +552,9 @@ class ActorCritic(nn.Module):
 def env_actions(actions: Tensor, space: Box | Discrete) -> np.ndarray:
     """As environments take them: clipped to a Box, or a Discrete's own numbers."""
     array = actions.cpu().numpy()  # sync point: the environments are on the CPU
-    is_discrete = isinstance(space, Discrete)
-    return array + space.start if is_discrete else np.clip(array, space.low, space.high)
+    if isinstance(space, Discrete):
+        return array.astype(np.int64) + space.start
+    return np.clip(array, space.low, space.high)
 
 
 # ==== 4. Rollout ==================================================================================
@@ -572,16 +567,13 @@ class Rollout:
         T, N = config.rollout_steps, config.num_envs
         self.obs = obs.new_zeros(T + 1, *obs.shape)  # row t + 1 is what step t returned
         self.obs[-1] = obs  # (N, *O) the first ones, normalised
-        kind = torch.int64 if isinstance(actions, Discrete) else torch.float32
-        self.actions = obs.new_zeros(T, N, *actions.shape, dtype=kind)  # unclipped
-        self.logprobs = obs.new_zeros(T, N)
-        self.rewards = obs.new_zeros(T, N)  # raw
+        self.actions = obs.new_zeros(T, N, *actions.shape)  # unclipped
+        self.logprobs, self.rewards = obs.new_zeros(2, T, N)  # rewards: raw
         flags = torch.zeros(3, T, N, dtype=torch.bool, device=obs.device)
         self.terminated, self.truncated, self.valid = flags  # valid: False on reset rows
 
         self.ended = np.zeros(N, dtype=bool)  # whether the step before ended an episode
-        self.episode_return = np.zeros(N)
-        self.episode_length = np.zeros(N, dtype=np.int64)
+        self.episode_return, self.episode_length = np.zeros(N), np.zeros(N, dtype=np.int64)
         self.discounted = torch.zeros(N)  # the reward normaliser's running return
 
 
@@ -599,8 +591,8 @@ def collect_rollout(
         obs, rewards, terminated, truncated, _ = ask(envs, envs.step, actions)
         rollout.obs[t + 1] = normalizer.normalize(obs, update=True)
         rollout.rewards[t] = torch.from_numpy(rewards)
-        rollout.terminated[t] = torch.from_numpy(terminated)
-        rollout.truncated[t] = torch.from_numpy(truncated)
+        endings = torch.from_numpy(terminated), torch.from_numpy(truncated)
+        rollout.terminated[t], rollout.truncated[t] = endings
 
         rollout.episode_return += rewards
         rollout.episode_length += ~rollout.ended
@@ -625,12 +617,9 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda) -> tu
     """
     alive = (~terminated).to(values.dtype)
     traced = (~(terminated | truncated)).to(values.dtype)
-    deltas = rewards + gamma * values[1:] * alive - values[:-1]  # δ_t
-    advantages = torch.empty_like(deltas)
-    trace = torch.zeros_like(deltas[0])
-    for t in reversed(range(len(rewards))):
-        trace = deltas[t] + gamma * gae_lambda * traced[t] * trace  # A_t = δ_t + γλ A_{t+1}
-        advantages[t] = trace
+    advantages = rewards + gamma * values[1:] * alive - values[:-1]  # δ_t
+    for t in reversed(range(len(rewards) - 1)):  # A_t = δ_t + γλ A_{t+1}
+        advantages[t] += gamma * gae_lambda * traced[t] * advantages[t + 1]
     return advantages, advantages + values[:-1]
 
 
@@ -649,9 +638,8 @@ class Batch(NamedTuple):
 def make_batch(rollout: Rollout, agent: ActorCritic, rewards: Tensor, config: Config) -> Batch:
     """Values in one pass, advantages and returns of `rewards` (T, N); reset rows dropped last."""
     values = agent.value(rollout.obs.flatten(0, 1)).view(len(rollout.obs), -1)  # (T + 1, N)
-    advantages, returns = compute_gae(
-        rewards, values, rollout.terminated, rollout.truncated, config.gamma, config.gae_lambda
-    )
+    endings, discounts = (rollout.terminated, rollout.truncated), (config.gamma, config.gae_lambda)
+    advantages, returns = compute_gae(rewards, values, *endings, *discounts)
     rows = (rollout.obs[:-1], rollout.actions, rollout.logprobs, values[:-1], advantages, returns)
     batch = Batch(*(tensor[rollout.valid] for tensor in rows))
     advantages = batch.advantages - mean_over_processes(batch.advantages)
@@ -665,12 +653,10 @@ Metrics = dict[str, float]  # names of CSV columns to values
 LOSS_METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
 
 
-def ppo_loss(
-    batch: Batch, logprobs: Tensor, entropy: Tensor, values: Tensor, config: Config
-) -> tuple[Tensor, Tensor]:
+def ppo_loss(batch: Batch, logprobs, entropy, values, config: Config) -> tuple[Tensor, Tensor]:
     """The clipped objective (Schulman et al. 2017, equations 7 and 9) of rows `batch`.
 
-    logprobs, entropy, values: (B,), of the networks as they are now. Returns the loss and,
+    Tensors logprobs, entropy, values: (B,), of the networks as they are now. Returns the loss and,
     detached, LOSS_METRICS stacked.
     """
     log_ratio = logprobs - batch.logprobs
@@ -689,7 +675,7 @@ def ppo_loss(
     return loss, metrics.detach()
 
 
-def adapt_learning_rates(optimizer: torch.optim.Optimizer, kl: Tensor, desired_kl: float) -> None:
+def adapt_learning_rates(optimizer: Optimizer, kl: Tensor, desired_kl: float) -> None:
     """Steer the KL of an update, in place and without a sync point (rsl_rl's rule).
 
     A KL of exactly zero is the first minibatch, where the policy is still the old one.
@@ -706,19 +692,17 @@ def average_gradients(agent: ActorCritic, metrics: Tensor, rows: int) -> Tensor:
     gradients = [p.grad for p in agent.parameters()]
     flat = nn.utils.parameters_to_vector([*gradients, metrics, metrics.new_ones(1)])
     flat = sum_over_processes(flat * rows)
-    nn.utils.vector_to_parameters(flat / flat[-1], gradients)
-    return (flat / flat[-1])[-1 - len(metrics) : -1]
+    nn.utils.vector_to_parameters(flat := flat / flat[-1], gradients)
+    return flat[-1 - len(metrics) : -1]
 
 
-def update(
-    agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: Batch, config: Config
-) -> Metrics:
+def update(agent: ActorCritic, optimizer: Optimizer, batch: Batch, config: Config) -> Metrics:
     """Epochs of freshly shuffled minibatches; metrics averaged over all of them.
 
     The rows are split into `num_minibatches` near-equal parts, so that none is tiny and every
     process has as many.
     """
-    history = []
+    history, groups = [], optimizer.param_groups
     for _ in range(config.update_epochs):
         shuffled = torch.randperm(len(batch.obs), device=batch.obs.device)
         for rows in shuffled.tensor_split(config.num_minibatches):
@@ -739,17 +723,16 @@ def update(
             break  # the test is a sync point, once an epoch
     averages = torch.stack(history).mean(0).tolist()  # sync point, once an update
     residual = (batch.returns - batch.values).var(correction=0)
-    columns = dict(zip((*LOSS_METRICS, "grad_norm"), averages, strict=True))
     share = 1 - residual / (batch.returns.var(correction=0) + 1e-8)
-    rate = optimizer.param_groups[0]["lr"]
-    columns |= {"explained_variance": float(share), "learning_rate": float(rate)}
+    columns = dict(zip((*LOSS_METRICS, "grad_norm"), averages, strict=True))
+    columns |= {"explained_variance": float(share), "learning_rate": float(groups[0]["lr"])}
     if not agent.discrete:
         with torch.no_grad():
             columns["action_std"] = float(agent.distribution(batch.obs).stddev.mean())
     return columns
 
 
-def schedule_learning_rates(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
+def schedule_learning_rates(optimizer: Optimizer, config: Config, step: int) -> None:
     """Those of the policy and of the value function at an absolute step of the whole run."""
     progress = min(step / config.total_timesteps, 1.0)
     shapes = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
@@ -761,16 +744,12 @@ def schedule_learning_rates(optimizer: torch.optim.Optimizer, config: Config, st
 # ==== 7. Evaluate =================================================================================
 
 Act = Callable[[np.ndarray], np.ndarray]  # raw observations (B, O) to actions (B, A)
-Step = dict[str, Any]  # of an episode: what it began with, was given, and led to
+Seeds = Sequence[int]
+Row = dict[str, Any]  # of a step: what it began with, was given, and led to
+Step = tuple[gym.Env, Row]
 
 
-def frames_per_second(config: Config) -> float:
-    return make_env(config).metadata.get("render_fps", 30)
-
-
-def play(
-    act: Act, config: Config, seeds: Sequence[int], together: int = 1, render: str | None = None
-) -> Iterator[tuple[gym.Env, Step]]:
+def play(act: Act, config: Config, seeds: Seeds, together=1, render=None) -> Iterator[Step]:
     """One deterministic episode for each seed; yields each step, and the environment after it.
 
     Episode k is reset with seeds[k]; `together` of them step at once, which is faster.
@@ -890,7 +869,7 @@ class Learner:
         solved = self.config.stop_when_solved and self.counters.solved_step is not None
         return solved or self.counters.step >= self.config.total_timesteps
 
-    def load(self, state: dict[str, Any], source: str | Path, parts: Sequence[str]) -> None:
+    def load(self, state: dict[str, Any], source: File, parts: Sequence[str]) -> None:
         """Load these parts of a checkpoint's state. UserError where they do not fit."""
         like = {part: getattr(self, part).state_dict() for part in parts}
         if "optimizer" in parts:  # all of a run; Adam has moments after a first step
@@ -916,11 +895,11 @@ def misfit(value: Any, like: Any, name: str) -> str | None:
         return next(filter(None, (misfit(value[k], like[k], f"{name}.{k}") for k in like)), None)
     if not isinstance(like, Tensor):
         return None if repr(value) == repr(like) else f"{name} is {value}, not {like}"
-    made = ("dtype", "shape", "layout", "is_meta")
+    kinds = "dtype", "shape", "layout", "is_meta"
+    same = all(getattr(value, kind) == getattr(like, kind) for kind in kinds)
     least = 0 if name.endswith(("var", "count", "sq", "step", "lr")) else -math.inf
-    if [getattr(value, k) for k in made] == [getattr(like, k) for k in made]:
-        if value.isfinite().all() and (value >= least).all():
-            return None
+    if same and value.isfinite().all() and (value >= least).all():
+        return None
     return f"{name} is damaged, or of shape {tuple(value.shape)}, not {tuple(like.shape)}"
 
 
@@ -950,7 +929,7 @@ POLICY = ("agent", "obs_normalizer")
 LEARNED = (*POLICY, "optimizer", "reward_normalizer")
 
 
-def load_checkpoint(path: str | Path, env: str | None = None) -> dict[str, Any]:
+def load_checkpoint(path: File, env: str | None = None) -> dict[str, Any]:
     """A checkpoint's state on the CPU. Runs no code from it; UserError where it cannot be used.
 
     torch.load sees only records whose checksum was right: by itself it does not look, and would
@@ -967,10 +946,9 @@ def load_checkpoint(path: str | Path, env: str | None = None) -> dict[str, Any]:
                     raise ValueError("it would inflate: torch packs nothing")
                 for record in records:
                     copy.writestr(record.filename, archive.read(record))  # checks the checksum
-            state = torch.load(io.BytesIO(verified.getvalue()), "cpu", weights_only=True)
+            state = {**torch.load(io.BytesIO(verified.getvalue()), "cpu", weights_only=True)}
     except Exception:  # whatever a forged pickle makes of it
         raise UserError(f"{path} is no checkpoint, or a damaged one") from None
-    state = state if isinstance(state, dict) else {}
     if repr(state.get("format")) != repr(CHECKPOINT_FORMAT):
         theirs = f"version {state.get('version')}, in format {state.get('format')}"
         raise UserError(f"{path} was written by {theirs}, not {CHECKPOINT_FORMAT}")
@@ -995,8 +973,7 @@ METRICS, CONFIG = "checkpoints_walker/metrics.csv", "checkpoints_walker/config.j
 FILM, CURVES = "videos/walker_final.mp4", "plots/training_curves.png"
 BOARD = "checkpoints_walker/tensorboard"
 # All that a run writes below --out, and what one that was killed leaves.
-WRITTEN = f"""{BEST} {LAST} {METRICS} {CONFIG} {FILM} videos/walker_final.gif {CURVES}
-{BOARD}/events.*
+WRITTEN = f"""{BEST} {LAST} {METRICS} {CONFIG} {BOARD}/events.* {FILM} videos/*_final.gif {CURVES}
 checkpoints_walker/step_[0-9]*.pt videos/step_[0-9]*.mp4 videos/step_[0-9]*.gif""".split()
 HALF_WRITTEN = "checkpoints_walker/.*.tmp.*", "videos/.*.tmp.*", "plots/.*.tmp.*"
 
@@ -1010,13 +987,13 @@ def make_folders(*folders: Path) -> None:
             tempfile.TemporaryFile(dir=folder).close()
 
 
-def claim_folder(out: Path, resume: str | Path | None, overwrite: bool) -> FileLock:
+def claim_folder(out: Path, resume: File | None, overwrite: bool) -> FileLock:
     """Make the folders of a run and lock them, as long as this process lives.
 
     UserError where they hold another run, one is running in them, or they cannot be written to.
     """
-    own = resume is not None and Path(resume).resolve().parent == (out / LAST).resolve().parent
     folders = [(out / name).parent for name in (LAST, FILM, CURVES)]
+    own = resume is not None and Path(resume).resolve().parent == folders[0].resolve()
     if not (own or overwrite) and any((out / name).exists() for name in (BEST, LAST, METRICS)):
         choices = "go on with --resume, choose another folder with --out, or --overwrite it"
         raise UserError(f"{folders[0]} holds a run: {choices}")
@@ -1090,18 +1067,17 @@ def write_config(config: Config, threshold: float | None, path: Path) -> None:
         temporary.write_text(json.dumps(plain_settings(config) | about, indent=2) + "\n")
 
 
-def record_episode(
-    act: Act, config: Config, seed: int, mp4: Path, seconds: float | None = None
-) -> list[Step]:
+def record_episode(act: Act, config: Config, seed: int, mp4: Path, seconds=None) -> list[Row]:
     """Film one deterministic episode, headless: H.264 in yuv420p, and a GIF of at most 3 MB.
 
-    Returns what each step held. UserError where the environment cannot render.
+    Or at most so many seconds of it. Returns what each step held. UserError where the environment
+    cannot render.
     """
     import imageio
 
-    rows, fps = [], frames_per_second(config)
+    rows, fps = [], make_env(config).metadata.get("render_fps", 30)
     h264 = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 2}  # keeps even sizes
-    limit = seconds and round(seconds * fps)
+    limit = seconds and math.ceil(seconds * fps)
     steps = itertools.islice(play(act, config, [seed], 1, "rgb_array"), limit)
     with atomic_path(mp4) as temporary:
         with imageio.get_writer(temporary, fps=fps, **h264) as video:
@@ -1155,12 +1131,12 @@ def gait_state(env: gym.Env) -> dict[str, np.ndarray]:
     return {"hull": pose, "joints": joints, "knees": knees, "contacts": contacts}
 
 
-def write_data(learner: Learner, rows: list[Step], path: Path) -> None:
+def write_data(learner: Learner, rows: list[Row], path: Path) -> None:
     """Steps of `play` as an .npz for viz.py: each entry stacked, values, and what they are in."""
     arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     arrays["values"] = learner.value(arrays["observations"])
     arrays["next_values"] = learner.value(arrays.pop("next_observations"))
-    norm, dt = learner.reward_normalizer, 1 / frames_per_second(learner.config)
+    norm, dt = learner.reward_normalizer, 1 / learner.env.metadata.get("render_fps", 30)
     clip = norm.clip if norm.enabled else (-math.inf, math.inf)
     units = {"dt": dt, "gamma": norm.gamma, "reward_scale": norm.scale(), "reward_clip": clip}
     with atomic_path(path) as temporary:
@@ -1176,8 +1152,7 @@ class StopSignals:
     received: int | None = None
 
     def __enter__(self) -> StopSignals:
-        in_main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+        numbers = signal.SIGINT, signal.SIGTERM
         self.replaced = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
@@ -1200,7 +1175,7 @@ RESUMABLE = """total_timesteps device vector_env step_timeout out
 eval_every eval_episodes checkpoint_every record_every tensorboard stop_when_solved""".split()
 
 
-def prepare_learner(config: Config, resume: str | Path | None) -> Learner:
+def prepare_learner(config: Config, resume: File | None) -> Learner:
     """A new learner, or one that goes on from `resume`. Writes nothing."""
     seed_everything(config.seed, rank=0, step=0)  # the same networks in every process
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
@@ -1318,6 +1293,9 @@ def export(learner: Learner, log: RunLog, with_film: bool) -> None:
     log.say(f"curves: {out / CURVES}")
 
 
+Outcome = tuple[Counters, int | None]  # where the run stands, and the signal that stopped it
+
+
 def summary(counters: Counters) -> str:
     text = f"{counters.step:,} steps in {counters.wall_s / 60:.1f} min"
     if counters.best_return is not None:
@@ -1327,9 +1305,7 @@ def summary(counters: Counters) -> str:
     return text
 
 
-def train(
-    config: Config, resume: str | Path | None = None, overwrite: bool = False
-) -> tuple[Counters, int | None]:
+def train(config: Config, resume: File | None = None, overwrite: bool = False) -> Outcome:
     """Train, evaluate, save, log, and at the end film the best policy and plot the curves.
 
     `resume` is the checkpoint to go on from; `overwrite` removes an earlier run's files first.
@@ -1417,6 +1393,6 @@ def load_learner(checkpoint: str, env: str | None, seed: int, device: str, out: 
 
 def show(act: Act, config: Config, seeds: Sequence[int], seconds: float) -> None:
     """Play episodes in a window for `seconds` of simulated time, one after another."""
-    steps = round(seconds * frames_per_second(config))
+    steps = math.ceil(seconds * make_env(config).metadata.get("render_fps", 30))
     for _ in itertools.islice(play(act, config, seeds, 1, "human"), steps):
         pass  # the window shows each step by itself

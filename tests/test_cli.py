@@ -155,7 +155,7 @@ def test_every_setting_of_an_evaluation_is_in_its_help(capsys):
         walker.main(["evaluate", "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for name in walker.Evaluation._fields:
+    for name in (field.name for field in dataclasses.fields(walker.Evaluation)):
         assert name == "checkpoint" or f"--{name} " in text.replace(",", " ")
 
 
@@ -323,7 +323,7 @@ WRONG_TRAINING = [  # what is typed after the settings of `TINY`, and parts of w
     ("--config broken.json", "broken.json is no JSON object"),
     ("--config array.json", "array.json is no JSON object"),
     ("--config string.json", "string.json is no JSON object"),
-    ("--config typo.json", "typo.json: got an unexpected keyword argument 'gama'"),
+    ("--config typo.json", "typo.json: --gama is 0.9: Unexpected keyword argument"),
     ("--config nan.json", "nan.json: --gamma is nan"),
 ]
 
@@ -344,14 +344,14 @@ WRONG_EVALUATIONS = [
     ("text.pt", "text.pt is no checkpoint"),
     ("foreign.pt", f"foreign.pt {FOREIGN}"),
     ("hollow.pt", "hollow.pt"),
-    (f"{LAST} --episodes 0", "--episodes is 0", "above 0"),
+    (f"{LAST} --episodes 0", "--episodes is 0", "greater than 0"),
     (f"{LAST} --episodes few", "--episodes", "'few'"),
     (f"{LAST} --seed -1", "--seed is -1"),
-    (f"{LAST} --seconds 0", "--seconds is 0", "above 0"),
+    (f"{LAST} --seconds 0", "--seconds is 0", "greater than 0"),
     (f"{LAST} --seconds nan", "--seconds is nan", "finite"),
     (f"{LAST} --episode 3", "--episode", "perhaps --episodes?"),
     (f"{LAST} --env Nosuch-v0", "--env Nosuch-v0", "doesn't exist"),
-    (f"{LAST} --env CartPole-v1", "--env CartPole-v1", "float vector"),
+    (f"{LAST} --env Taxi-v4", "--env Taxi-v4", "no float vector"),
     (
         f"{LAST} --env MountainCarContinuous-v0",
         f"{LAST} does not fit this run",
@@ -424,16 +424,17 @@ def test_evaluate_goes_to_another_environment_without_the_first_ones_arguments(f
     assert capsys.readouterr().out.splitlines()[-1].endswith(", length 10")
 
 
-@pytest.mark.parametrize(("seconds", "frames"), [(None, 11), ("0.1", 3)])
+@pytest.mark.parametrize(("seconds", "frames"), [(None, 10), ("0.1", 3), ("0.001", 1)])
 def test_evaluate_films_an_episode_named_after_its_checkpoint(seconds, frames, folder, capsys):
     before = tree(folder)
     argv = ["evaluate", "run/checkpoints_walker/best.pt", "--episodes", "2", "--record"]
     argv += ["--out", "films"] + (["--seconds", seconds] if seconds else [])
     assert walker.main(argv) == 0
     new = set(tree(folder)) - set(before)
-    assert new == {"films", "films/videos", "films/videos/best.mp4", "films/videos/best.gif"}
+    files = {f"films/videos/best.{suffix}" for suffix in ("mp4", "gif", "npz")}
+    assert new == {"films", "films/videos"} | files
     film = iio.imread("films/videos/best.mp4")
-    assert film.shape == (frames, 500, 500, 3)  # an episode's 10 steps and its last picture
+    assert film.shape == (frames, 500, 500, 3)  # what each step of an episode led to
     assert np.ptp(film) > 100
     assert RESULT.fullmatch(capsys.readouterr().out.splitlines()[-1])
 
@@ -453,3 +454,48 @@ def test_evaluate_shows_episodes_in_a_window_for_so_many_seconds(folder, capsys,
     assert set(shown) == {"human"}
     assert len(shown) >= 3
     assert RESULT.fullmatch(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_evaluate_prints_the_same_numbers_as_json_where_asked(folder, capsys):
+    argv = ["evaluate", LAST, "--episodes", "3"]
+    said = []
+    for asked in ([], ["--json"]):
+        assert walker.main(argv + asked) == 0
+        said.append(capsys.readouterr().out.splitlines()[-1])
+    found = json.loads(said[1])
+    assert list(found) == ["mean", "std", "episodes", "min", "max", "length"]
+    rounded = [float(number) for number in RESULT.fullmatch(said[0]).groups()]
+    assert list(found.values()) == pytest.approx(rounded, abs=0.051)
+
+
+def test_evaluate_writes_the_data_of_the_episode_that_it_films(folder):
+    assert walker.main(["evaluate", LAST, "--episodes", "2", "--record", "--out", "films"]) == 0
+    learner = core.load_learner(LAST, None, 0, "cpu", "films")
+    [seed, _] = core.env_seeds(0, core.TEST, 2)
+    returns, _ = core.evaluate(learner.act, learner.config, [seed])
+    with np.load("films/videos/last.npz") as data:
+        obs = data["observations"]
+        assert obs.shape == (10, 3)
+        np.testing.assert_allclose(data["actions"], learner.act(obs), rtol=1e-5)
+        np.testing.assert_allclose(data["values"], learner.value(obs), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(data["next_values"][:-1], data["values"][1:], atol=1e-5)
+        np.testing.assert_allclose(data["rewards"].sum(), returns[0])
+        scale = np.sqrt(learner.reward_normalizer.var + 1e-8)
+        assert data["reward_scale"] == pytest.approx(float(scale)) != 1
+        assert (data["dt"], data["gamma"]) == (1 / 30, 0.99)
+        assert data["reward_clip"].tolist() == [-10, 10]
+        assert "hull" not in data  # which is a BipedalWalker's
+
+
+def test_evaluate_compares_values_with_returns_in_a_picture_and_three_numbers(folder, capsys):
+    before = set(tree(folder))
+    argv = ["evaluate", LAST, "--episodes", "12", "--analyze-value", "--out", "values"]
+    assert walker.main(argv) == 0
+    said = capsys.readouterr().out
+    assert re.search(
+        r"explained variance -?\d\.\d{3}, bias [+-]\d+\.\d{3}, RMSE \d+\.\d{3}\n", said
+    )
+    files = {f"values/plots/last_value.{suffix}" for suffix in ("png", "npz")}
+    assert set(tree(folder)) - before == {"values", "values/plots"} | files
+    with np.load("values/plots/last_value.npz") as data:
+        assert np.bincount(data["episode"]).tolist() == [10] * 10

@@ -387,11 +387,12 @@ def recorded(tmp_path_factory):
     settings = {"device": "cpu", "num_envs": 1, "rollout_steps": 64, "minibatch_size": 64}
     learner = core.Learner(core.Config(env="BipedalWalker-v3", **settings))
     path, rows, feet = tmp_path_factory.mktemp("run") / "a.npz", [], []
-    env = core.make_env(learner.config)
-    for _ in core.play(learner, env, [3, 4], 4.0, rows):
+    for env, row in core.play(learner.act, learner.config, [3, 4]):
         shins = env.unwrapped.legs[1::2]
         feet.append([shin.GetWorldPoint((0, -17 / 30)) for shin in shins])
-    env.close()
+        rows.append(row | core.gait_state(env))
+        if len(rows) == 200:
+            break
     core.write_data(learner, rows, path)
     return path, rows, np.array(feet)
 
@@ -412,7 +413,7 @@ def test_the_core_writes_what_the_pictures_read(recorded, tmp_path, capsys):
 
 def test_a_contact_that_the_observation_reports_is_measured(recorded):
     _, rows, _ = recorded
-    flags = np.array([row["obs"][[8, 13]] for row in rows]) > 0
+    flags = np.array([row["next_observations"][[8, 13]] for row in rows]) > 0
     contacts = np.array([row["contacts"] for row in rows])
     assert flags.any()
     assert np.isfinite(contacts[flags]).all()

@@ -1,0 +1,201 @@
+"""Any environment by its name: images and Discrete actions, chosen from its spaces alone."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Discrete
+from helpers import flags
+from torch import nn
+
+import walker
+import walker_core as core
+
+
+class Match(gym.Env):
+    """Pays 1 where the action is the number that is shown, for twelve steps; numbers from 5 on."""
+
+    action_space = Discrete(3, start=5)
+    observation_space = Box(-1, 1, (3,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.shown, self.taken = int(self.np_random.integers(3)), []
+        return self.observe(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), repr(action)
+        self.taken.append(int(action))
+        reward = float(action == self.shown + 5)
+        self.shown = int(self.np_random.integers(3))
+        return self.observe(), reward, False, len(self.taken) == 12, {}
+
+    def observe(self):
+        return np.eye(3, dtype=np.float32)[self.shown]
+
+
+class Screen(Match):
+    """Shows the number as one of three rows of an image that is lit, in a colour of chance."""
+
+    observation_space = Box(0, 255, (60, 50, 3), np.uint8)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def observe(self):
+        image = np.zeros((60, 50, 3), np.uint8)
+        image[20 * self.shown : 20 * self.shown + 20] = self.np_random.integers(150, 255, 3)
+        return image
+
+    def render(self):
+        return self.observe()
+
+
+gym.register("Toy/Match-v0", Match)
+gym.register("Toy/Screen-v0", Screen)
+MATCH, SCREEN = core.Config(env="Toy/Match-v0"), core.Config(env="Toy/Screen-v0")
+NUMBERS = {"env_kwargs": (), "num_envs": 4, "rollout_steps": 32, "minibatch_size": 32}
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+def test_an_image_is_seen_grey_at_half_its_size_four_in_a_row():
+    env = core.make_env(SCREEN)
+    first, _ = env.reset(seed=1)
+    assert first.shape == env.observation_space.shape == (4, 30, 25)
+    seen = [first]
+    for _ in range(5):
+        seen.append(env.step(5)[0])
+    for before, after in itertools.pairwise(seen):
+        np.testing.assert_array_equal(after[:3], before[1:])
+    assert all(np.array_equal(first[0], image) for image in first)  # before it there was no other
+    lit = [int(np.argmax(image[::10, 0])) for image in seen[-1]]
+    assert len(set(lit)) > 1
+    picture = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3)
+    grey = core.grey_half(picture)
+    assert grey.tolist() == [[int(picture[y, x].sum()) // 3 for x in (0, 2)] for y in (0, 2, 4)]
+
+
+def test_images_are_scaled_from_0_to_1_and_have_no_running_statistics():
+    learner = core.Learner(SCREEN)
+    stats = learner.obs_normalizer
+    obs = np.full((2, *learner.spaces[0].shape), 255, np.uint8)
+    obs[0] = 51
+    scaled = stats.normalize(obs, update=True)
+    assert scaled.dtype == torch.float32
+    np.testing.assert_allclose(scaled[0], 0.2, rtol=1e-6)
+    np.testing.assert_allclose(scaled[1], 1.0)
+    assert (stats.count, stats.mean.shape) == (0, ())
+
+
+def test_two_convolutions_stand_before_the_layers_and_are_orthogonal():
+    agent = core.Learner(SCREEN).agent
+    for net, outputs in ((agent.actor, 3), (agent.critic, 1)):
+        kinds = [type(layer) for layer in net]
+        assert kinds[:5] == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Flatten]
+        assert kinds[5:] == [nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
+        assert net[-1].out_features == outputs
+        for layer in (net[0], net[2]):
+            rows = layer.weight.detach().flatten(1)
+            torch.testing.assert_close(rows @ rows.T, 2 * torch.eye(len(rows)), atol=1e-4, rtol=0)
+    images = torch.rand(7, 4, 30, 25)
+    assert agent.value(images).shape == agent.act(images)[1].shape == (7,)
+
+
+@pytest.mark.parametrize("side", ["height", "width"])
+def test_an_image_of_forty_pixels_is_large_enough(side):
+    shape = (40, 64, 3) if side == "height" else (64, 40, 3)
+    assert core.is_image(Box(0, 255, shape, np.uint8))
+    smaller = tuple(39 if size == 40 else size for size in shape)
+    assert not core.is_image(Box(0, 255, smaller, np.uint8))
+    seen = Box(0, 255, (4, *((size + 1) // 2 for size in shape[:2])), np.uint8)
+    agent = core.ActorCritic(seen, Discrete(2), core.Config())
+    assert agent.value(torch.zeros(1, *seen.shape)).shape == (1,)
+
+
+# ---- Discrete actions ----------------------------------------------------------------------------
+
+
+def test_logprobs_and_entropies_are_those_of_the_softmax():
+    torch.manual_seed(0)
+    agent = core.ActorCritic(Box(-1, 1, (6,), np.float32), Discrete(4), core.Config())
+    with torch.no_grad():
+        agent.actor[-1].weight.mul_(300)
+    obs = torch.randn(50, 6)
+    actions, logprobs = agent.act(obs)
+    logits = agent.actor(obs).detach().double().numpy()
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    again, entropies = agent.evaluate_actions(obs, actions.float())  # as a rollout stores them
+    expected = np.log(shares[np.arange(50), actions])
+    np.testing.assert_allclose(logprobs.detach(), expected, rtol=1e-4)
+    np.testing.assert_allclose(again.detach(), expected, rtol=1e-4)
+    np.testing.assert_allclose(entropies.detach(), -(shares * np.log(shares)).sum(1), rtol=1e-4)
+    assert agent.mean_action(obs).tolist() == shares.argmax(1).tolist()
+    many = agent.act(obs[:1].expand(20_000, 6))[0]
+    np.testing.assert_allclose(np.bincount(many, minlength=4) / 20_000, shares[0], atol=0.02)
+
+
+def test_an_environment_gets_numbers_of_its_own_from_its_start_on():
+    actions = torch.tensor([0.0, 2.0, 1.0])
+    assert core.env_actions(actions, Discrete(3, start=5)).tolist() == [5, 7, 6]
+    learner = core.Learner(MATCH)
+    assert set(learner.act(np.eye(3, dtype=np.float32)).tolist()) <= {5, 6, 7}
+    _, lengths = core.evaluate(learner.act, MATCH, [1, 2, 3])  # Match asserts what it gets
+    assert lengths.tolist() == [12, 12, 12]
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["sync", "async"])
+@pytest.mark.parametrize("env", ["Toy/Match-v0", "Toy/Screen-v0"])
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_trains_saves_evaluates_and_resumes(env, backend, tmp_path, capsys):
+    settings = {"env": env, "vector_env": backend, "eval_every": 128, **NUMBERS}
+    assert walker.main(flags(tmp_path, **settings, total_timesteps=256)) == 0
+    assert walker.main(["--resume", "--out", str(tmp_path), "--total-timesteps", "384"]) == 0
+    with open(tmp_path / core.METRICS) as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["128", "256", "384"]
+    for row in rows:
+        assert row["action_std"] == ""  # there is none
+        assert 0 < float(row["entropy"]) <= math.log(3) + 1e-6
+        assert float(row["length_mean"]) == 12
+    argv = ["evaluate", str(tmp_path / core.LAST), "--episodes", "2"]
+    assert walker.main(argv) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("length 12")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_discrete_environment_of_envpool_takes_the_same_path(tmp_path):
+    pytest.importorskip("envpool")
+    settings = {"env": "CartPole-v1", "vector_env": "envpool", **NUMBERS}
+    assert walker.main(flags(tmp_path, **settings, total_timesteps=256)) == 0
+    assert (tmp_path / core.LAST).exists()
+
+
+def test_images_of_envpool_are_refused_in_one_line(tmp_path, capsys):
+    pytest.importorskip("envpool")
+    settings = {"env": "CarRacing-v3", "vector_env": "envpool", **NUMBERS}
+    assert walker.main(flags(tmp_path / "new", **settings)) == 2
+    assert "--vector-env envpool has no CarRacing-v3, or no vectors" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("env", "steps"), [("Toy/Match-v0", 3072), ("Toy/Screen-v0", 3072)])
+@pytest.mark.usefixtures("no_pictures")
+def test_what_is_shown_is_learned(env, steps, tmp_path):
+    settings = {"env": env, "total_timesteps": steps, "num_envs": 8, "rollout_steps": 32}
+    settings |= {"minibatch_size": 64, "eval_every": 0, "learning_rate": 3e-3, "device": "cpu"}
+    core.train(core.Config(out=str(tmp_path), **settings))
+    learner = core.load_learner(str(tmp_path / core.LAST), None, 0, "cpu", ".")
+    returns, _ = core.evaluate(learner.act, learner.config, core.env_seeds(1, core.TEST, 10))
+    assert returns.mean() > 11  # of 12; 4 by chance
