@@ -119,9 +119,9 @@ class Checked:
         try:
             return check(values)
         except pydantic.ValidationError as error:
-            name, why = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
-            flag, value = str(name).replace("_", "-"), values.kwargs.get(name)
-            why = why.replace("Input should", "it must")
+            wrong = error.errors()[0]
+            name, why = str(wrong["loc"][0]), wrong["msg"].replace("Input should", "it must")
+            value, flag = values.kwargs.get(name), name.replace("_", "-")
             raise UserError(f"--{flag} is {value!r}: {why}") from None
 
 
@@ -347,8 +347,14 @@ def make_vector_env(config: Config, seeds: Sequence[int]) -> tuple[VectorEnv, np
     The row after an episode's end ignores its action, has reward 0 and is no transition.
     """
     if config.vector_env == "envpool":
-        envs = _make_envpool(config, seeds)
-        return envs, envs.reset()[0]  # its seeds were given when it was made
+        shape = make_env(config).observation_space.shape
+        with explained(UserError, "--vector-env envpool needs `pip install envpool`", ImportError):
+            import envpool
+        if config.env not in envpool.list_all_envs() or len(shape) > 1:
+            raise UserError(f"--vector-env envpool has no {config.env}, or no vectors: use sync")
+        how = {"num_envs": config.num_envs, "seed": list(seeds), "num_threads": os.cpu_count()}
+        envs = envpool.make_gymnasium(config.env, **how, **config.env_options)
+        return envs, envs.reset()[0]
     make = [lambda i=i: _worker_env(config, i) for i in range(config.num_envs)]
     vector = SyncVectorEnv if config.vector_env == "sync" else AsyncVectorEnv
     envs = vector(make, autoreset_mode=AutoresetMode.NEXT_STEP)
@@ -382,21 +388,12 @@ def close_envs(envs: VectorEnv) -> None:
     envs.close()
 
 
-def _make_envpool(config: Config, seeds: Sequence[int]) -> VectorEnv:
-    shape = make_env(config).observation_space.shape
-    with explained(UserError, "--vector-env envpool needs `pip install envpool`", ImportError):
-        import envpool
-    if config.env not in envpool.list_all_envs() or len(shape) > 1:
-        raise UserError(f"--vector-env envpool has no {config.env}, or no vectors of it: use sync")
-    settings = {"num_envs": config.num_envs, "seed": list(seeds), "num_threads": os.cpu_count()}
-    return envpool.make_gymnasium(config.env, **settings, **config.env_options)
-
-
 class RunningMeanStd(nn.Module):
     """Mean and variance of a stream, merged batch by batch (Chan et al. 1979), in float64."""
 
-    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+    def __init__(self, config: Config, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
+        self.config = config
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
@@ -431,19 +428,15 @@ class ObservationNormalizer(RunningMeanStd):
     Lives on the CPU, as they do.
     """
 
-    def __init__(self, space: Box, config: Config) -> None:
-        super().__init__(space.shape if is_vector(space) else ())
-        self.enabled, self.clip = config.norm_obs and is_vector(space), config.clip_obs
-
     def normalize(self, obs: np.ndarray, update: bool = False) -> Tensor:
         """(B, *shape) raw to float32, by the statistics as they stand, or with these rows in."""
         obs = torch.as_tensor(obs)
-        if not self.enabled:
+        if not (self.config.norm_obs and self.mean.ndim):  # images have no mean
             return obs.float() / 255 if obs.dtype == torch.uint8 else obs.float()
         if update:
             self.update(obs)
         scaled = (obs - self.mean) / torch.sqrt(self.var + 1e-8)
-        return scaled.clamp_(-self.clip, self.clip).float()
+        return scaled.clamp_(-self.config.clip_obs, self.config.clip_obs).float()
 
 
 class RewardNormalizer(RunningMeanStd):
@@ -452,30 +445,27 @@ class RewardNormalizer(RunningMeanStd):
     Only the scale is changed, never the sign: the mean is not subtracted.
     """
 
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.enabled, self.clip, self.gamma = config.norm_reward, config.clip_reward, config.gamma
-
     def forward(self, rewards: Tensor, valid: Tensor, running: Tensor) -> Tensor:
         """Rewards (T, N) of a rollout, scaled; `running` (N,), each episode's return so far, moves.
 
         A reset row sets the running return to zero, so every episode starts from there.
         """
-        if not self.enabled:
+        if not self.config.norm_reward:
             return rewards
         device, rewards, valid = rewards.device, rewards.cpu(), valid.cpu()  # sync point
         discounted = torch.empty_like(rewards)
         for t in range(len(rewards)):
-            running.mul_(self.gamma).add_(rewards[t]).mul_(valid[t])
+            running.mul_(self.config.gamma).add_(rewards[t]).mul_(valid[t])
             discounted[t] = running
         before = self.sums()
         self.update(discounted[valid])
         self.merge_processes(before)
-        return (rewards / self.scale().to(rewards.dtype)).clamp_(*self.clip).to(device)
+        scaled = rewards / self.scale().to(rewards.dtype)
+        return scaled.clamp_(*self.config.clip_reward).to(device)
 
     def scale(self) -> Tensor:
         """What rewards are divided by, ()."""
-        return torch.sqrt(self.var + 1e-8) if self.enabled else torch.ones(())
+        return torch.sqrt(self.var + 1e-8) if self.config.norm_reward else torch.ones(())
 
 
 # ==== 3. Networks =================================================================================
@@ -755,24 +745,20 @@ def play(act: Act, config: Config, seeds: Seeds, together=1, render=None) -> Ite
     Episode k is reset with seeds[k]; `together` of them step at once, which is faster.
     """
     waiting, running = list(enumerate(seeds))[::-1], {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < together:
-                k, seed = waiting.pop()
-                env = make_env(config, render)  # a new one: a Box2D world keeps traces of the last
-                running[k] = env, env.reset(seed=seed)[0]
-            actions = act(np.stack([obs for _, obs in running.values()]))
-            for (k, (env, obs)), action in zip(list(running.items()), actions, strict=True):
-                row = {"episode": k, "observations": obs, "actions": action}
-                obs, reward, terminated, truncated, _ = env.step(action)
-                running[k] = env, obs
-                row |= {"rewards": reward, "terminated": terminated, "next_observations": obs}
-                yield env, row
-                if terminated or truncated:
-                    running.pop(k)[0].close()
-    finally:
-        for env, _ in running.values():
-            env.close()
+    while waiting or running:
+        while waiting and len(running) < together:
+            k, seed = waiting.pop()
+            env = make_env(config, render)  # a new one: a Box2D world keeps traces of the last
+            running[k] = env, env.reset(seed=seed)[0]
+        actions = act(np.stack([obs for _, obs in running.values()]))
+        for (k, (env, obs)), action in zip(list(running.items()), actions, strict=True):
+            row = {"episode": k, "observations": obs, "actions": action}
+            obs, reward, terminated, truncated, _ = env.step(action)
+            running[k] = env, obs
+            row |= {"rewards": reward, "terminated": terminated, "next_observations": obs}
+            yield env, row
+            if terminated or truncated:
+                running.pop(k)[0].close()
 
 
 def evaluate(act: Act, config: Config, seeds: Sequence[int], together: int = 16) -> np.ndarray:
@@ -831,7 +817,8 @@ class Learner:
             for params, rate in ((policy, rate), (values, config.value_learning_rate or rate))
         ]
         self.optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
-        self.obs_normalizer = ObservationNormalizer(self.spaces[0], config)
+        vector = is_vector(self.spaces[0])
+        self.obs_normalizer = ObservationNormalizer(config, self.spaces[0].shape if vector else ())
         self.reward_normalizer = RewardNormalizer(config)
         self.counters = Counters(step=0, iteration=0, wall_s=0.0)
         self.saved_at = self.save_s = 0.0  # when last.pt was written, and how long a save takes
@@ -1061,8 +1048,7 @@ class RunLog:
 
 def write_config(config: Config, threshold: float | None, path: Path) -> None:
     """Every setting as JSON, to be run again by --config; `_about` is for readers and plots."""
-    versions = {"walker": __version__, "torch": torch.__version__, "gymnasium": gym.__version__}
-    about = {"_about": {"reward_threshold": threshold, "versions": versions}}
+    about = {"_about": {"reward_threshold": threshold, "version": __version__}}
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(plain_settings(config) | about, indent=2) + "\n")
 
@@ -1136,9 +1122,10 @@ def write_data(learner: Learner, rows: list[Row], path: Path) -> None:
     arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     arrays["values"] = learner.value(arrays["observations"])
     arrays["next_values"] = learner.value(arrays.pop("next_observations"))
-    norm, dt = learner.reward_normalizer, 1 / learner.env.metadata.get("render_fps", 30)
-    clip = norm.clip if norm.enabled else (-math.inf, math.inf)
-    units = {"dt": dt, "gamma": norm.gamma, "reward_scale": norm.scale(), "reward_clip": clip}
+    config, scale = learner.config, learner.reward_normalizer.scale()
+    clip = config.clip_reward if config.norm_reward else (-math.inf, math.inf)
+    units = {"gamma": config.gamma, "reward_scale": scale, "reward_clip": clip}
+    units["dt"] = 1 / learner.env.metadata.get("render_fps", 30)
     with atomic_path(path) as temporary:
         np.savez_compressed(temporary, **arrays, **units)
 
@@ -1271,9 +1258,8 @@ def episode_columns(episodes: list[tuple[float, int]]) -> Metrics:
 
 def film(learner: Learner, log: RunLog, mp4: Path) -> None:
     """`record_episode` in the world of all films of the run; one line where that cannot be."""
-    [seed] = env_seeds(learner.config.seed, VIDEO, 1)
     try:
-        record_episode(learner.act, learner.config, seed, mp4)
+        record_episode(learner.act, learner.config, *env_seeds(learner.config.seed, VIDEO, 1), mp4)
         log.say(f"video: {mp4}, and a GIF beside it")
     except (UserError, gym.error.Error, NotImplementedError) as error:
         log.say(f"no video: {error}")
@@ -1394,5 +1380,6 @@ def load_learner(checkpoint: str, env: str | None, seed: int, device: str, out: 
 def show(act: Act, config: Config, seeds: Sequence[int], seconds: float) -> None:
     """Play episodes in a window for `seconds` of simulated time, one after another."""
     steps = math.ceil(seconds * make_env(config).metadata.get("render_fps", 30))
-    for _ in itertools.islice(play(act, config, seeds, 1, "human"), steps):
+    for env, _ in itertools.islice(play(act, config, seeds, 1, "human"), steps):  # noqa: B007
         pass  # the window shows each step by itself
+    env.close()

@@ -156,7 +156,8 @@ def test_every_setting_of_an_evaluation_is_in_its_help(capsys):
     assert caught.value.code == 0
     text = capsys.readouterr().out
     for name in (field.name for field in dataclasses.fields(walker.Evaluation)):
-        assert name == "checkpoint" or f"--{name} " in text.replace(",", " ")
+        flag = name.replace("_", "-")
+        assert name == "checkpoint" or f"--{flag} " in text.replace(",", " ")
 
 
 def test_the_flags_below_are_all_there_are():

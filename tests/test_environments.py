@@ -21,10 +21,6 @@ def walker(**settings) -> core.Config:
     return core.Config(env="BipedalWalker-v3", **{"num_envs": 3, **settings})
 
 
-def box(count: int) -> gym.spaces.Box:
-    return gym.spaces.Box(-np.inf, np.inf, (count,), np.float32)
-
-
 # ---- seeds ---------------------------------------------------------------------------------------
 
 
@@ -189,7 +185,7 @@ def test_envpool_refuses_an_environment_that_it_does_not_have():
 @pytest.mark.parametrize("shape", [(), (3,)])
 def test_running_statistics_are_numpys_over_the_raw_stream(shape):
     rng = np.random.default_rng(0)
-    stats, stream = core.RunningMeanStd(shape), []
+    stats, stream = core.RunningMeanStd(core.Config(), shape), []
     for rows in (1, 7, 64, 1, 300, 2, 5):
         batch = 1000 + rng.normal(size=(rows, *shape)) * (1 + rows)
         stats.update(torch.from_numpy(batch))
@@ -201,7 +197,7 @@ def test_running_statistics_are_numpys_over_the_raw_stream(shape):
 
 
 def test_observations_are_scaled_by_hand_arithmetic_and_clipped_at_both_sides():
-    normalizer = core.ObservationNormalizer(box(2), core.Config(clip_obs=3.0))
+    normalizer = core.ObservationNormalizer(core.Config(clip_obs=3.0), (2,))
     normalizer.update(torch.tensor([[0.0, 5.0], [4.0, 15.0]]))  # means 2 and 10, stds 2 and 5
     scaled = normalizer.normalize(np.array([[3.0, 7.5], [100.0, -100.0]], np.float32))
     assert scaled.dtype == torch.float32
@@ -209,7 +205,7 @@ def test_observations_are_scaled_by_hand_arithmetic_and_clipped_at_both_sides():
 
 
 def test_normalising_alone_changes_no_statistics_and_updating_does():
-    normalizer = core.ObservationNormalizer(box(2), core.Config())
+    normalizer = core.ObservationNormalizer(core.Config(), (2,))
     obs = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32)
     normalizer.normalize(obs, update=True)
     before = {name: buffer.clone() for name, buffer in normalizer.named_buffers()}
@@ -222,13 +218,13 @@ def test_normalising_alone_changes_no_statistics_and_updating_does():
 
 
 def test_the_observations_of_a_step_count_before_they_are_normalised():
-    normalizer = core.ObservationNormalizer(box(1), core.Config())
+    normalizer = core.ObservationNormalizer(core.Config(), (1,))
     scaled = normalizer.normalize(np.array([[-1.0], [3.0]], np.float32), update=True)
     np.testing.assert_allclose(scaled.numpy(), [[-1.0], [1.0]], rtol=1e-6)
 
 
 def test_disabled_observation_normalisation_passes_raw_values():
-    normalizer = core.ObservationNormalizer(box(2), core.Config(norm_obs=False, clip_obs=0.1))
+    normalizer = core.ObservationNormalizer(core.Config(norm_obs=False, clip_obs=0.1), (2,))
     obs = np.array([[1e4, -1e4]], np.float32)
     assert torch.equal(normalizer.normalize(obs, update=True), torch.from_numpy(obs))
     assert normalizer.count == 0

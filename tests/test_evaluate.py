@@ -163,15 +163,3 @@ def test_a_row_of_play_holds_the_step_before_during_and_after():
         assert np.array_equal(row["actions"], lean(row["observations"][None])[0])
     returns = np.bincount([row["episode"] for row in rows], [row["rewards"] for row in rows])
     assert returns.tolist() == [alone(FALLS.env, lean, seed)[0] for seed in SEEDS[:3]]
-
-
-def test_who_stops_watching_closes_the_environments(monkeypatch):
-    closed = []
-    monkeypatch.setattr(toy_envs.Falls, "close", lambda env: closed.append(env))
-    for together in (1, 3):
-        steps = core.play(lean, FALLS, SEEDS, together)
-        next(steps)
-        assert not closed
-        steps.close()
-        assert len(closed) == together
-        closed.clear()

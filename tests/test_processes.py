@@ -89,7 +89,7 @@ def stream(rank: int) -> list[np.ndarray]:
 
 def merge(rank: int) -> list[torch.Tensor]:
     """Mean, variance and count after each of the merges, stacked."""
-    statistics, after = core.RunningMeanStd((2,)), []
+    statistics, after = core.RunningMeanStd(core.Config(), (2,)), []
     for batch in stream(rank):
         before = statistics.sums()
         for rows in np.array_split(batch, min(2, len(batch))):
@@ -101,7 +101,7 @@ def merge(rank: int) -> list[torch.Tensor]:
 
 def merge_constant(value: float, updates: int) -> list[torch.Tensor]:
     """Mean and variance where all that both ranks see is one value, or nothing at all."""
-    statistics = core.RunningMeanStd((1,))
+    statistics = core.RunningMeanStd(core.Config(), (1,))
     for k in range(updates):
         before = statistics.sums()
         statistics.update(torch.full((7 + k, 1), value))

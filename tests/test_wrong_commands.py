@@ -39,7 +39,7 @@ CHOICES = [name for name, kind in SETTINGS.items() if typing.get_origin(kind) is
 INTS = [name for name, kind in SETTINGS.items() if kind in (int, tuple[int, ...])]
 FLOATS = [name for name, kind in SETTINGS.items() if kind in (float, float | None)]
 TRAINING = {*SETTINGS, "config", "resume", "overwrite"}
-TESTING = {*walker.Evaluation._fields} - {"checkpoint"}
+TESTING = {field.name for field in dataclasses.fields(walker.Evaluation)} - {"checkpoint"}
 
 # What may be typed: a command line holds no NUL, and a terminal no half of a surrogate pair.
 TYPABLE = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
