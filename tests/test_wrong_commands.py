@@ -76,22 +76,40 @@ def typos(draw, names: set[str]) -> list[str]:
     return [f"--{name[:i]}{letter}{name[i + 1 :]}", *draw(st.sampled_from([[], ["1"]]))]
 
 
+def bounds_of(kind: object) -> list[tuple[str, float]]:
+    """Each bound of the numbers in an annotation: ("ge", 0) of Annotated[float, Field(ge=0)]."""
+    found = [bounds_of(part) for part in typing.get_args(kind)]
+    for mark in getattr(kind, "__metadata__", ()):
+        for bound in getattr(mark, "metadata", [mark]):
+            names = [name for name in ("gt", "ge", "lt", "le") if hasattr(bound, name)]
+            found.append([(name, getattr(bound, name)) for name in names])
+    return list(itertools.chain(*found))
+
+
+BOUNDS = {
+    name: bounds_of(kind)
+    for name, kind in typing.get_type_hints(core.Config, include_extras=True).items()
+    if bounds_of(kind)
+}
+
+
 @st.composite
 def out_of_range(draw) -> list[str]:
-    field = draw(st.sampled_from([f for f in dataclasses.fields(core.Config) if f.metadata]))
-    bounds, kind = field.metadata["bounds"], KINDS[field.name]
-    low, high = map(float, bounds[1:-1].split(","))
-    whole = kind in (int, tuple[int, ...])
+    name = draw(st.sampled_from(list(BOUNDS)))
+    whole = KINDS[name] in (int, tuple[int, ...])
     wrong = [] if whole else ["nan", "NaN", "inf", "-inf", "1e999", "-nan"]
-    if low > -1e300:
-        wrong += [str(int(low) - 1), str(int(low) - draw(st.integers(1, 10**30)))]
-        wrong += [str(low), "-0.0"] if bounds[0] == "(" else []
-    if high < 1e300:
-        wrong += [str(int(high) + 1), str(int(high) + draw(st.integers(1, 10**30)))]
-    value = draw(st.sampled_from(wrong))
-    flag = f"--{field.name.replace('_', '-')}"
-    pair = kind == tuple[float, float]
-    return [flag, value, *(["1"] if pair else [])]
+    for relation, bound in BOUNDS[name]:
+        away = -1 if relation in ("gt", "ge") else 1
+        wrong += [str(int(bound) + away), str(int(bound) + away * draw(st.integers(1, 10**30)))]
+        wrong += [str(bound)] if relation in ("gt", "lt") else []
+    return [f"--{name.replace('_', '-')}", draw(st.sampled_from(wrong))]
+
+
+def test_the_bounds_of_all_numbers_are_known():
+    numbers = (int, float, float | None, tuple[int, ...])
+    assert set(BOUNDS) == {name for name, kind in KINDS.items() if kind in numbers}
+    assert BOUNDS["gamma"] == [("ge", 0), ("le", 1)]
+    assert BOUNDS["target_kl"] == [("gt", 0)]
 
 
 def valued(names: list[str], values: st.SearchStrategy, joined: bool = True) -> st.SearchStrategy:
@@ -114,7 +132,7 @@ PATHS = st.one_of(
 )
 KWARGS = ["gravity", "gravity=3", "=", "=3", " ", "max_episode_steps=x", "max_episode_steps=0"]
 KWARGS += ["id=Pendulum-v1", "max_episode_steps=[", "é=1", "max_episode_steps=" + "(" * 999]
-ENVS = ["", " ", "CartPole-v1", "Pendulum-v99", "nosuchmodule:X-v0", ":X", "a/b/c-v0", "-v1"]
+ENVS = ["", " ", "Taxi-v4", "Pendulum-v99", "nosuchmodule:X-v0", ":X", "a/b/c-v0", "-v1"]
 
 WRONG_NUMBERS = st.one_of(
     valued(INTS, TEXT.filter(lambda text: text.strip() and not is_number(text, int))),
