@@ -273,7 +273,7 @@ def _read(path: Path) -> bool:
     if path.suffix == ".json":
         return "seed" in json.loads(path.read_text())
     if path.suffix == ".mp4":
-        return imageio_ffmpeg.count_frames_and_secs(path)[0] == 11
+        return imageio_ffmpeg.count_frames_and_secs(path)[0] == 10
     with Image.open(path) as image:
         image.seek(getattr(image, "n_frames", 1) - 1)
         image.load()
