@@ -60,15 +60,15 @@ def evaluate(test: Evaluation) -> None:
     videos, plots = Path(test.out, "videos"), Path(test.out, "plots")
     if test.record:
         core.make_folders(videos)
-        steps = core.record_episode(*policy, seeds[0], videos / f"{name}.mp4", test.seconds)
-        core.write_data(learner, steps, data := videos / f"{name}.npz")
+        rows = core.record_episode(*policy, seeds[0], videos / f"{name}.mp4", test.seconds)
+        core.write_data(learner, rows, data := videos / f"{name}.npz")
         print(f"video: {videos / name}.mp4, its GIF and its data beside it")
-        if "hull" in steps[0]:
+        if "hull" in rows[0]:
             viz.plot_gait(data, plots / f"{name}_gait.png")
     if test.analyze_value:
         core.make_folders(plots)
-        steps = [step for _, step in core.play(*policy, seeds[:10])]
-        core.write_data(learner, steps, data := plots / f"{name}_value.npz")
+        rows = [row for _, row in core.play(*policy, seeds[:10])]
+        core.write_data(learner, rows, data := plots / f"{name}_value.npz")
         print(viz.plot_value(data, data.with_suffix(".png")))
     if test.render:
         core.show(*policy, seeds, test.seconds or 30.0)

@@ -121,8 +121,8 @@ class Checked:
         except pydantic.ValidationError as error:
             wrong = error.errors()[0]
             name, why = str(wrong["loc"][0]), wrong["msg"].replace("Input should", "it must")
-            value, flag = values.kwargs.get(name), name.replace("_", "-")
-            raise UserError(f"--{flag} is {value!r}: {why}") from None
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is {(values.kwargs or {}).get(name)!r}: {why}") from None
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -567,10 +567,11 @@ class Rollout:
         self.discounted = torch.zeros(N)  # the reward normaliser's running return
 
 
+Episodes = list[tuple[float, int]]  # raw returns, and lengths
+
+
 @torch.no_grad()
-def collect_rollout(
-    envs: VectorEnv, agent: ActorCritic, normalizer: ObservationNormalizer, rollout: Rollout
-) -> list[tuple[float, int]]:
+def collect_rollout(envs: VectorEnv, agent: ActorCritic, normalizer, rollout) -> Episodes:
     """Fill `rollout` with its next T steps; raw (return, length) of the episodes that ended."""
     episodes, before = [], normalizer.sums()
     rollout.obs[0] = rollout.obs[-1]
@@ -1247,7 +1248,7 @@ def check_finite(values: Metrics, counters: Counters) -> None:
         raise TrainingError(f"{where}: try a lower --learning-rate; last.pt is from before it")
 
 
-def episode_columns(episodes: list[tuple[float, int]]) -> Metrics:
+def episode_columns(episodes: Episodes) -> Metrics:
     """Raw returns and lengths of the episodes that ended in an iteration."""
     columns: Metrics = {"episodes": len(episodes)}
     for name, all_ in zip(("return", "length"), zip(*episodes, strict=True), strict=False):

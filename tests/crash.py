@@ -86,11 +86,11 @@ def arm(fault: Fault) -> None:
         if opened or (event == "subprocess.Popen" and is_it(args[1][-1], temporary)):
             die()
 
-    def play(*args: Any, play: Callable = core.play, **kwargs: Any) -> Iterator[Any]:
-        if "render" not in kwargs:  # an evaluation
-            yield from play(*args, **kwargs)
+    def play(*args: Any, play: Callable = core.play) -> Iterator[Any]:
+        is_film = len(args) > 4  # and no evaluation
+        yield from itertools.islice(play(*args), 5 if is_film else None)
+        if not is_film:
             return
-        yield from itertools.islice(play(*args, **kwargs), 5)
         die()  # the encoder lives on for a moment
 
     def fsync(file: int, fsync: Callable = os.fsync) -> None:
