@@ -57,18 +57,18 @@ def evaluate(test: Evaluation) -> None:
     learner = core.load_learner(test.checkpoint, test.env, test.seed, test.device, test.out)
     policy, name = (learner.act, learner.config), Path(test.checkpoint).stem
     seeds = core.env_seeds(test.seed, core.TEST, test.episodes)
-    videos, plots = Path(test.out, "videos"), Path(test.out, "plots")
     if test.record:
-        core.make_folders(videos)
-        rows = core.record_episode(*policy, seeds[0], videos / f"{name}.mp4", test.seconds)
-        core.write_data(learner, rows, data := videos / f"{name}.npz")
-        print(f"video: {videos / name}.mp4, its GIF and its data beside it")
+        data = Path(test.out, "videos", f"{name}.npz")
+        core.make_folders(data.parent)
+        rows = core.record_episode(*policy, seeds[0], data.with_suffix(".mp4"), test.seconds)
+        core.write_data(learner, rows, data)
+        print(f"video: {data.with_suffix('.mp4')}, its GIF and its data beside it")
         if "hull" in rows[0]:
-            viz.plot_gait(data, plots / f"{name}_gait.png")
+            viz.plot_gait(data, Path(test.out, "plots", f"{name}_gait.png"))
     if test.analyze_value:
-        core.make_folders(plots)
-        rows = [row for _, row in core.play(*policy, seeds[:10])]
-        core.write_data(learner, rows, data := plots / f"{name}_value.npz")
+        data = Path(test.out, "plots", f"{name}_value.npz")
+        core.make_folders(data.parent)
+        core.write_data(learner, [row for _, row in core.play(*policy, seeds[:10])], data)
         print(viz.plot_value(data, data.with_suffix(".png")))
     if test.render:
         core.show(*policy, seeds, test.seconds or 30.0)
