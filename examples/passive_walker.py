@@ -25,6 +25,7 @@ except ImportError as error:
 
 THIGH, SHANK, FOOT = 0.5, 0.5, 0.2  # m: lengths, the shank's down to the sole; the foot's radius
 EFFORT = 0.5  # m/s, what full torque of all motors costs
+PAID = 1.0  # m, so far from its last step the way is paid
 FALLEN = 0.7  # m, height of the hip, which is 1 where a leg is straight and upright
 SIDES = ("left", "right")
 
@@ -90,13 +91,15 @@ class PassiveWalker(gym.Env):
     Coordinates are along the slope (x) and normal to it (z). Angles are in rad; those of the legs
     are to the slope's normal, forward is positive; knees are 0 where straight, and bend to -2.
 
-    - Observation (13): height of the hip; left leg, left knee, right leg, right knee; the hip's
+    - Observation (15): height of the hip; left leg, left knee, right leg, right knee; the hip's
       speed along and off the slope in m/s; the four angles' speeds in rad/s; 1 where the left foot,
-      the right foot touches. Clipped to the bounds of its space.
+      the right foot touches; 1 where the right foot made the last step, and the hip's way since
+      then in metres. Clipped to the bounds of its space.
     - Action (3), in ±1: torque between the legs (8 Nm, positive swings the left one forward), of
       the left knee and of the right knee (4 Nm, positive straightens). 0 is the passive machine.
-    - Reward: the hip's way down the slope in metres, less what the motors cost: `EFFORT` per
-      second times the mean square of the action.
+    - Reward: the hip's way in metres, forward only while the last step is less than `PAID` behind
+      (a gallop on one leg is not walking), less `EFFORT` per second times the mean square of the
+      action.
     - An episode begins in the middle of a stride, one leg before the other, at 0.7 to 0.9 m/s. It
       terminates where the hip is lower than 0.7 m.
     - Info: `steps`, how often a foot came down at least 0.1 m ahead of the other one, the feet
@@ -118,8 +121,8 @@ class PassiveWalker(gym.Env):
         downhill = [math.sin(self.slope), 0, -math.cos(self.slope)]
         self.model.opt.gravity = 9.81 * np.array(downhill)  # gravity is tilted, not the ground
         self.feet = [self.model.geom(f"{side} foot").id for side in SIDES]
-        high = np.array([2, *[math.pi] * 4, 10, 10, *[30] * 4, 1, 1], np.float32)
-        low = np.array([*-high[:-2], 0, 0], np.float32)
+        high = np.array([2, *[math.pi] * 4, 10, 10, *[30] * 4, 1, 1, 1, 2], np.float32)
+        low = np.array([*-high[:-4], 0, 0, 0, -2], np.float32)
         self.observation_space = Box(low, high)
         self.action_space = Box(-1.0, 1.0, (3,), np.float32)
 
@@ -128,9 +131,10 @@ class PassiveWalker(gym.Env):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         mujoco.mj_resetData(self.model, self.data)
-        legs = self.np_random.uniform([0.2, 0.0, -0.3, -0.2], [0.3, 0.0, -0.2, -0.1])
+        legs = self.np_random.uniform([0.1, 0.0, -0.35, -0.35], [0.2, 0.0, -0.25, -0.25])
         speeds = self.np_random.uniform([-0.9, 0.0, -0.1, -0.1], [-0.7, 0.0, 0.1, 0.1])
-        self.steps, self.front = 0, int(self.np_random.integers(2))  # front: 0 left, 1 right
+        self.steps, self.stepped_at = 0, 0.0  # where the hip was at the last step
+        self.front = int(self.np_random.integers(2))  # the foot that made it: 0 left, 1 right
         self.data.qpos[2:] = np.roll(legs, 2 * self.front)
         self.data.qvel[2:] = np.roll(speeds, 2 * self.front)
         self.data.qvel[0] = -speeds[0]  # the hip turns over the foot in front
@@ -146,8 +150,10 @@ class PassiveWalker(gym.Env):
         mujoco.mj_step(self.model, self.data, self.substeps)
         mujoco.mj_kinematics(self.model, self.data)  # mj_step leaves positions a substep behind
         self._count_step()
-        cost = EFFORT * self.dt * np.square(self.data.ctrl).mean()
-        reward = float(self.data.qpos[0] - x - cost)
+        way = self.data.qpos[0] - x
+        if self.data.qpos[0] > self.stepped_at + PAID:
+            way = min(way, 0.0)
+        reward = float(way - EFFORT * self.dt * np.square(self.data.ctrl).mean())
         return self._observation(), reward, bool(self.data.qpos[1] < FALLEN), False, self._info()
 
     def _clearances(self) -> np.ndarray:
@@ -159,10 +165,11 @@ class PassiveWalker(gym.Env):
         hind = 1 - self.front
         x = self.data.geom_xpos[self.feet, 0]
         if self.touching[hind] and not before[hind] and x[hind] > x[self.front] + 0.1:
-            self.steps, self.front = self.steps + 1, hind
+            self.steps, self.front, self.stepped_at = self.steps + 1, hind, self.data.qpos[0]
 
     def _observation(self) -> np.ndarray:
-        obs = np.concatenate((self.data.qpos[1:], self.data.qvel, self.touching))
+        last_step = self.front, self.data.qpos[0] - self.stepped_at
+        obs = np.concatenate((self.data.qpos[1:], self.data.qvel, self.touching, last_step))
         space = self.observation_space
         return np.clip(obs, space.low, space.high).astype(np.float32)
 
@@ -187,7 +194,7 @@ class PassiveWalker(gym.Env):
             turns = np.linspace(-0.9, 0.9, 13)
             arc = [down * math.cos(a) + down[::-1] * (-1, 1) * math.sin(a) for a in turns]
             sole = foot.xpos[[0, 2]] + (FOOT - 0.012) * np.array(arc)
-            self._stroke(image, [hip, knee, knee + 0.48 * down], 0.03, colour)
+            self._stroke(image, [hip, knee, knee + 0.45 * down], 0.03, colour)
             self._stroke(image, sole, 0.012, colour)
         self._stroke(image, [self.data.body("pelvis").xpos[[0, 2]]] * 2, 0.07, HIP)
         return image.round().astype(np.uint8)
