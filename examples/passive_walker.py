@@ -25,7 +25,8 @@ except ImportError as error:
 
 THIGH, SHANK, FOOT = 0.5, 0.5, 0.2  # m: lengths, the shank's down to the sole; the foot's radius
 EFFORT = 0.5  # m/s, what full torque of all motors costs
-PAID = 1.0  # m, so far from its last step the way is paid
+FAST = 0.8  # m/s, a higher speed pays no more
+STRIDE = 1.0  # m, so far from the last step the way is paid
 FALLEN = 0.7  # m, height of the hip, which is 1 where a leg is straight and upright
 SIDES = ("left", "right")
 
@@ -97,10 +98,10 @@ class PassiveWalker(gym.Env):
       then in metres. Clipped to the bounds of its space.
     - Action (3), in ±1: torque between the legs (8 Nm, positive swings the left one forward), of
       the left knee and of the right knee (4 Nm, positive straightens). 0 is the passive machine.
-    - Reward: the hip's way in metres, forward only while the last step is less than `PAID` behind
-      (a gallop on one leg is not walking), less `EFFORT` per second times the mean square of the
-      action.
-    - An episode begins in the middle of a stride, one leg before the other, at 0.7 to 0.9 m/s. It
+    - Reward: the hip's way in metres, at most that of `FAST`, and forward only while the last step
+      is less than `STRIDE` behind (a gallop on one leg is not walking), less `EFFORT` per second
+      times the mean square of the action.
+    - An episode begins in the middle of a stride, one leg before the other, at 0.8 to 1 m/s. It
       terminates where the hip is lower than 0.7 m.
     - Info: `steps`, how often a foot came down at least 0.1 m ahead of the other one, the feet
       taking turns; `distance`, the hip's way in metres.
@@ -132,7 +133,7 @@ class PassiveWalker(gym.Env):
         super().reset(seed=seed)
         mujoco.mj_resetData(self.model, self.data)
         legs = self.np_random.uniform([0.1, 0.0, -0.35, -0.35], [0.2, 0.0, -0.25, -0.25])
-        speeds = self.np_random.uniform([-0.9, 0.0, -0.1, -0.1], [-0.7, 0.0, 0.1, 0.1])
+        speeds = self.np_random.uniform([-1.0, 0.0, -0.1, -0.1], [-0.8, 0.0, 0.1, 0.1])
         self.steps, self.stepped_at = 0, 0.0  # where the hip was at the last step
         self.front = int(self.np_random.integers(2))  # the foot that made it: 0 left, 1 right
         self.data.qpos[2:] = np.roll(legs, 2 * self.front)
@@ -150,9 +151,8 @@ class PassiveWalker(gym.Env):
         mujoco.mj_step(self.model, self.data, self.substeps)
         mujoco.mj_kinematics(self.model, self.data)  # mj_step leaves positions a substep behind
         self._count_step()
-        way = self.data.qpos[0] - x
-        if self.data.qpos[0] > self.stepped_at + PAID:
-            way = min(way, 0.0)
+        paid = FAST * self.dt if self.data.qpos[0] < self.stepped_at + STRIDE else 0.0
+        way = min(self.data.qpos[0] - x, paid)
         reward = float(way - EFFORT * self.dt * np.square(self.data.ctrl).mean())
         return self._observation(), reward, bool(self.data.qpos[1] < FALLEN), False, self._info()
 
