@@ -70,20 +70,12 @@ MODEL = f"""
 </mujoco>"""
 
 WIDTH, HEIGHT, SCALE = 480, 320, 150  # pixels, and pixels per metre
-SKY, SLOPE, MARK, FAR, NEAR, HIP = np.array(
-    [
-        (244, 247, 250),
-        (214, 219, 224),
-        (120, 130, 140),
-        (240, 170, 80),
-        (40, 100, 170),
-        (50, 50, 60),
-    ]
-)
+SKY, SLOPE, MARK = np.array([(244, 247, 250), (214, 219, 224), (120, 130, 140)])
+FAR, NEAR, HIP = np.array([(240, 170, 80), (40, 100, 170), (50, 50, 60)])
 
 
 class PassiveWalker(gym.Env):
-    """Arguments:
+    """The biped of the module's docstring. Arguments:
 
     - `hz`: control steps per second, 10 to 500. The simulator takes at least 500 a second; the
       time limit is 1,000 control steps whatever their length, so 20 s at 50 Hz.
@@ -132,6 +124,7 @@ class PassiveWalker(gym.Env):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         mujoco.mj_resetData(self.model, self.data)
+        # the leg in front and its knee, the leg behind and its knee
         legs = self.np_random.uniform([0.1, 0.0, -0.35, -0.35], [0.2, 0.0, -0.25, -0.25])
         speeds = self.np_random.uniform([-1.0, 0.0, -0.1, -0.1], [-0.8, 0.0, 0.1, 0.1])
         self.steps, self.stepped_at = 0, 0.0  # where the hip was at the last step

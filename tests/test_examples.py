@@ -54,14 +54,15 @@ def test_the_passive_walker_passes_gymnasiums_checks_without_a_warning(passive, 
     assert warned(recwarn) == []
 
 
-def test_without_motors_it_falls_from_every_start_after_a_few_steps(passive):
+def test_without_motors_it_falls_from_every_start(passive):
     env = gym.make(PASSIVE)
     fell, steps, _, _ = zip(*(unpowered(env, seed) for seed in range(50)), strict=True)
     assert all(fell)
-    assert 1 <= max(steps) <= 5
+    assert 1 <= np.mean(steps) <= 4
+    assert max(steps) <= 16
 
 
-def test_on_a_gentler_slope_some_starts_walk_for_ever_without_motors(passive):
+def test_on_a_gentler_slope_some_starts_walk_on_without_motors(passive):
     """McGeer's discovery; and `steps` counts what can be counted otherwise: legs that pass."""
     env = gym.make(PASSIVE, slope=2)
     for seed in range(100):
@@ -123,7 +124,7 @@ def test_the_reward_is_the_way_less_what_the_motors_cost(passive):
     for action in ([0, 0, 0], [1, -1, 0.5], [3, 0, 0]):  # the last is clipped to 1, 0, 0
         effort = np.square(np.clip(action, -1, 1)).mean()
         _, reward, _, _, info = env.step(np.array(action, np.float32))
-        expected = info["distance"] - way - passive.EFFORT * effort / 50
+        expected = min(info["distance"] - way, passive.FAST / 50) - passive.EFFORT * effort / 50
         assert reward == pytest.approx(expected, abs=1e-9)
         way = info["distance"]
 
@@ -146,8 +147,7 @@ def test_the_observation_is_what_the_docstring_says(passive):
         obs, _ = env.reset(seed=seed)
         right = int(obs[13])  # the leg in front
         assert obs[1 + 2 * right] > 0 > obs[3 - 2 * right]
-        assert obs[11 + right] == 1  # it touches, the other one has left the ground
-        assert obs[12 - right] == 0
+        assert obs[11 + right] == 1  # it stands on the ground
         assert obs[5] == pytest.approx(-obs[7 + 2 * right])  # the hip turns over the foot
         assert obs[14] == 0
         obs, *_, info = env.step(ZERO)
