@@ -52,13 +52,16 @@ def export(checkpoint: str, onnx: str, env: str | None = None) -> None:
     if missing:
         raise core.UserError(f"an export needs `pip install {' '.join(missing)}`")
     learner = core.load_learner(checkpoint, env, seed=0, device="cpu", out=".")
-    space = learner.env.observation_space
-    example = torch.from_numpy(np.zeros((2, *space.shape), space.dtype))
+    policy, space = Policy(learner).eval(), learner.env.observation_space
+    obs = np.zeros((2, *space.shape), space.dtype)
+    with torch.no_grad():
+        if not np.array_equal(policy(torch.from_numpy(obs)), learner.act(obs)):
+            raise core.UserError(f"{checkpoint}: Policy.forward does not do what Learner.act does")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is missing
     with core.atomic_path(Path(onnx)) as temporary, warnings.catch_warnings(action="ignore"):
         torch.onnx.export(
-            Policy(learner).eval(),
-            (example,),
+            policy,
+            (torch.from_numpy(obs),),
             temporary,
             input_names=["obs"],
             output_names=["actions"],

@@ -285,4 +285,7 @@ def test_an_export_that_cannot_be_is_one_line(monkeypatch, tmp_path, capsys):
     for checkpoint in (tmp_path / "none.pt", ROOT / "README.md"):
         assert export_onnx.main([str(checkpoint), onnx]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(core.Learner, "act", lambda self, obs: np.ones((len(obs), 4)))
+    assert export_onnx.main([PRETRAINED, onnx]) == 2
+    assert "Learner.act" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
