@@ -203,6 +203,21 @@ def test_it_trains_and_is_evaluated_by_the_ordinary_commands(
     assert "over 2 episodes" in capsys.readouterr().out
 
 
+def test_steps_are_counted_without_motors_and_trained(passive, no_pictures, tmp_path, capsys):
+    from examples import count_steps
+
+    assert walker.main(flags(tmp_path, env=PASSIVE, total_timesteps=BATCH)) == 0
+    capsys.readouterr()
+    assert count_steps.main([str(tmp_path / core.LAST)]) == 0
+    plain, trained = capsys.readouterr().out.splitlines()
+    assert plain.startswith("without motors: ")
+    assert trained.startswith("trained: ")
+    assert plain.endswith("fell in 0 of 100")  # in a fifth of a second
+    for wrong in ([], ["none.pt"]):
+        assert count_steps.main(wrong) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
 # ---- The reward wrapper --------------------------------------------------------------------------
 
 
