@@ -59,7 +59,6 @@ def test_without_motors_it_falls_from_every_start(passive):
     fell, steps, _, _ = zip(*(unpowered(env, seed) for seed in range(50)), strict=True)
     assert all(fell)
     assert 1 <= np.mean(steps) <= 4
-    assert max(steps) <= 16
 
 
 def test_on_a_gentler_slope_some_starts_walk_on_without_motors(passive):
