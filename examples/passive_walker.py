@@ -1,11 +1,15 @@
 """A passive-dynamic biped on a slope: gravity drives it, small motors keep it from falling.
 
     pip install mujoco
-    python walker.py --env examples.passive_walker:PassiveWalker-v0 --out runs/passive
+    python walker.py --env examples.passive_walker:PassiveWalker-v0 --total-timesteps 400000 \\
+        --learning-rate 1e-3 --init-std 0.5 --seed 11 --out runs/passive
+    python examples/count_steps.py runs/passive/checkpoints_walker/best.pt
 
 Two kneed legs without a torso, in a plane, after McGeer's machines (1990, "Passive Dynamic Walking"
-and "Passive Walking with Knees"). MuJoCo steps it; frames are drawn by a few lines of NumPy, so
-that a film needs neither OpenGL nor a display.
+and "Passive Walking with Knees"). Without motors it falls after two steps in the mean; on a slope
+of 2 degrees about a third of the starts find a gait that needs none. Motors too strong at first
+would hide what gravity does, hence the low --init-std. MuJoCo steps it; frames are drawn by a few
+lines of NumPy, so that a film needs neither OpenGL nor a display.
 """
 
 from __future__ import annotations
