@@ -1,7 +1,7 @@
-"""A passive-dynamic biped on a slope: gravity drives it, small motors keep it from falling.
+r"""A passive-dynamic biped on a slope: gravity drives it, small motors keep it from falling.
 
     pip install mujoco
-    python walker.py --env examples.passive_walker:PassiveWalker-v0 --total-timesteps 400000 \\
+    python walker.py --env examples.passive_walker:PassiveWalker-v0 --total-timesteps 400000 \
         --learning-rate 1e-3 --init-std 0.5 --seed 11 --out runs/passive
     python examples/count_steps.py runs/passive/checkpoints_walker/best.pt
 
