@@ -12,7 +12,6 @@ Shapes: T rollout steps, N environments, B rows of a minibatch, O observation, A
 from __future__ import annotations
 
 import ast
-import atexit
 import contextlib
 import dataclasses
 import importlib.util
@@ -25,6 +24,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -76,6 +76,20 @@ def explained(kind: type[Exception], what: str, *caught: type[Exception]) -> Ite
 # ==== 0. Processes ================================================================================
 
 
+def join_processes() -> int:
+    """Meet the others that torchrun has started, if it has; returns how often it did so before.
+
+    Gloo for tensors on the CPU, NCCL for those on GPUs. Each time they meet in a store of its own:
+    in the common one PyTorch 2.13 may find the address of a process that is gone.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        store, rank, count = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(restarts, store)
+        dist.init_process_group(store=store, rank=rank, world_size=count)
+    return int(restarts)
+
+
 def process() -> tuple[int, int]:
     """This process's rank, and how many there are; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -97,6 +111,12 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 def any_process(flag: bool) -> bool:
     return bool(sum_over_processes(torch.tensor(float(flag))))
+
+
+def leave(code: int) -> None:
+    """End this process; one of several at once, as gloo's threads sometimes abort a usual exit."""
+    sys.stdout.flush()
+    os._exit(code) if dist.is_initialized() else sys.exit(code)
 
 
 # ==== 1. Config ===================================================================================
@@ -352,7 +372,8 @@ def make_vector_env(config: Config, seeds: Sequence[int]) -> tuple[VectorEnv, np
             import envpool
         if config.env not in envpool.list_all_envs() or len(shape) > 1:
             raise UserError(f"--vector-env envpool has no {config.env}, or no vectors: use sync")
-        how = {"num_envs": config.num_envs, "seed": list(seeds), "num_threads": os.cpu_count()}
+        threads = max(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+        how = {"num_envs": config.num_envs, "seed": list(seeds), "num_threads": threads}
         envs = envpool.make_gymnasium(config.env, **how, **config.env_options)
         return envs, envs.reset()[0]
     make = [lambda i=i: _worker_env(config, i) for i in range(config.num_envs)]
@@ -1299,9 +1320,8 @@ def train(config: Config, resume: File | None = None, overwrite: bool = False) -
     Returns where the run stands, and the signal that stopped it, if one did. Raises UserError
     before anything is written, TrainingError where training cannot go on.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun has started us
-        dist.init_process_group()  # gloo for tensors on the CPU, NCCL for those on GPUs
-        atexit.register(dist.destroy_process_group)  # its threads would abort the exit
+    if join_processes() > 0 and Path(config.out, LAST).exists():
+        resume, overwrite = Path(config.out, LAST), False  # torchrun has started us again
     rank, steps = process()[0], process()[1] * config.batch_size
     learner, out = prepare_learner(config, resume), Path(config.out)
     agent, counters, normalizer = learner.agent, learner.counters, learner.obs_normalizer
