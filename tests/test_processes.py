@@ -144,8 +144,7 @@ def train(rank: int, out: Path) -> dict[str, Any]:
         patch.setattr(core, "collect_rollout", collect_rollout)
         patch.setattr(core, "update", do_update)
         patch.setattr(core, "export", film)
-        patch.setattr(dist, "init_process_group", lambda: None)  # it is
-        patch.setenv("WORLD_SIZE", str(RANKS))
+        patch.setattr(core, "join_processes", lambda: 0)  # they have met
         counters, stopped_by = core.train(tiny(out, total_timesteps=8 * BATCH * RANKS))
     ending = {"step": counters.step, "stopped_by": stopped_by}
     return seen | ending | {"filmed": (out / "filmed").exists()}
