@@ -43,11 +43,9 @@ from filelock import FileLock, Timeout
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor, nn, optim
 
 __version__ = "0.1.0"
-File = str | Path
 CHECKPOINT_FORMAT = 1  # raised when a checkpoint's contents change their meaning
 
 
@@ -85,8 +83,8 @@ def join_processes() -> int:
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         store, rank, count = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(restarts, store)
-        dist.init_process_group(store=store, rank=rank, world_size=count)
+        own_store = dist.PrefixStore(restarts, store)
+        dist.init_process_group(store=own_store, rank=rank, world_size=count)
     return int(restarts)
 
 
@@ -101,12 +99,6 @@ def sum_over_processes(values: Tensor) -> Tensor:
         with explained(TrainingError, "another process is gone, use --resume", RuntimeError):
             dist.all_reduce(values)
     return values
-
-
-def mean_over_processes(values: Tensor) -> Tensor:
-    """The mean of all processes' rows, (B,) -> (); B may differ between them."""
-    total, count = sum_over_processes(torch.stack([values.sum(), values.new_tensor(len(values))]))
-    return total / count
 
 
 def any_process(flag: bool) -> bool:
@@ -126,6 +118,7 @@ ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
 # What a setting may be. A bool is no number here, and NaN and infinity are none either.
 Name = Annotated[str, Field(pattern=r"\S")]
 Share = Annotated[float, Field(ge=0, le=1)]
+Pair = Annotated[str, Field(pattern="(?P<KEY>.+)=(?P<VALUE>.*)")]
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=1)]
 STRICT = pydantic.ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
@@ -141,8 +134,8 @@ class Checked:
         except pydantic.ValidationError as error:
             wrong = error.errors()[0]
             name, why = str(wrong["loc"][0]), wrong["msg"].replace("Input should", "it must")
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} is {(values.kwargs or {}).get(name)!r}: {why}") from None
+            value = (values.kwargs or {}).get(name)
+            raise UserError(f"--{name.replace('_', '-')} is {value!r}: {why}") from None
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -150,7 +143,7 @@ class Config(Checked):
     """Settings of one run; each is also a flag of `walker.py`. Validated once, on creation."""
 
     env: Name = "BipedalWalker-v3"  # Gymnasium id; `module:EnvId` imports the module first
-    env_kwargs: tuple[str, ...] = ()  # arguments of the environment, each as KEY=VALUE
+    env_kwargs: tuple[Pair, ...] = ()  # arguments of the environment, each as KEY=VALUE
     total_timesteps: PositiveInt = 1_000_000  # environment steps of the whole run
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # of networks, sampling and every environment
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where present, else cpu
@@ -197,8 +190,6 @@ class Config(Checked):
     stop_when_solved: bool = False  # end the run once 100 fresh episodes confirm the threshold
 
     def __post_init__(self) -> None:
-        if not all("=" in pair for pair in self.env_kwargs):
-            raise UserError(f"--env-kwargs is {self.env_kwargs}: it must be KEY=VALUE, each")
         if not self.clip_reward[0] < self.clip_reward[1]:
             raise UserError(f"--clip-reward is {self.clip_reward}: it must be LOW < HIGH")
         if self.minibatch_size > self.batch_size:
@@ -253,7 +244,7 @@ def plain_settings(config: Config) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(config).items() if k != "out"}
 
 
-def checked(kind: Callable, values: dict[str, Any], source: File) -> Any:
+def checked(kind: Callable, values: dict[str, Any], source: str | Path) -> Any:
     """`kind`, of plain values as JSON or a checkpoint holds them. UserError names `source`."""
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "_about"}
     with explained(UserError, str(source), UserError, TypeError):  # a name may be no string
@@ -290,34 +281,35 @@ class Reporting(gym.Wrapper):
 
     def __init__(self, env: gym.Env, name: str) -> None:
         super().__init__(env)
-        self.name, self.seed, self.steps = name, None, 0
+        self.name, self.seed = name, None
 
     def reset(self, *, seed: int | None = None, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        if seed is not None:
-            self.seed, self.steps = seed, 0
+        self.seed = self.seed if seed is None else seed
         return self._run(self.env.reset, seed=seed, **kwargs)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self.steps += 1
         return self._run(self.env.step, action)
+
+    def render(self) -> Any:
+        return self._run(self.env.render)
 
     def _run(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         try:
-            result = function(*args, **kwargs)  # (obs, info), or (obs, reward, ...)
-            reward = result[1] if len(result) > 2 else 0.0
-            if not (math.isfinite(reward) and np.isfinite(result[0]).all()):
-                raise ValueError("an observation or reward is not finite")
+            result = function(*args, **kwargs)
+            if isinstance(result, tuple):  # (obs, info), or (obs, reward, ...); else a picture
+                reward = result[1] if len(result) > 2 else 0.0
+                if not (math.isfinite(reward) and np.isfinite(result[0]).all()):
+                    raise ValueError("an observation or reward is not finite")
             return result
         except Exception as error:  # whatever a stranger's code raises
-            where = f"{self.name}, {self.steps} steps after a reset with seed {self.seed}"
+            where = f"{self.name}, first reset with seed {self.seed}"
             raise EnvironmentFailure(f"{where}: {error!r}") from error
 
 
 def make_env(config: Config, render_mode: str | None = None, name: str = "environment") -> gym.Env:
     """One environment of the run. UserError where Gymnasium cannot make it or PPO cannot use it."""
     options = config.env_options | ({"render_mode": render_mode} if render_mode else {})
-    wrong = gym.error.Error, ImportError, TypeError, ValueError
-    with explained(UserError, f"--env {config.env} cannot be made", *wrong):
+    with explained(UserError, f"--env {config.env} cannot be made", Exception):  # not our code
         with warnings.catch_warnings(action="ignore"):  # what is wrong is said in one line
             env = gym.make(config.env, disable_env_checker=True, **options)
     if render_mode and render_mode not in env.metadata.get("render_modes", ()):
@@ -410,7 +402,7 @@ def close_envs(envs: VectorEnv) -> None:
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of a stream, merged batch by batch (Chan et al. 1979), in float64."""
+    """Mean and variance of all that was seen, in every process, in float64; 0 and 1 before."""
 
     def __init__(self, config: Config, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -420,42 +412,32 @@ class RunningMeanStd(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, batch: Tensor) -> None:
-        """Merge the rows of `batch` (B, *shape)."""
-        rows, batch = len(batch), batch.to(torch.float64)
-        total = self.count + rows
-        delta = batch.mean(0) - self.mean
-        squares = self.var * self.count + batch.var(0, correction=0) * rows
-        self.var.copy_((squares + delta**2 * self.count * rows / total) / total)
-        self.mean += delta * rows / total
-        self.count.copy_(total)
+        """Merge the rows of `batch` (B, *shape), and those of the other processes' batches.
 
-    def sums(self) -> Tensor:
-        """Count, sum and sum of squares of all that was seen, (3, *shape)."""
-        ones = torch.ones_like(self.mean)
-        return self.count * torch.stack([ones, self.mean, self.var + self.mean**2])
-
-    def merge_processes(self, before: Tensor) -> None:
-        """What every process has seen since `before`, the sums when all of them were the same."""
-        if dist.is_initialized():
-            count, total, squares = before + sum_over_processes(self.sums() - before)
-            self.count.copy_(count.max())
-            self.mean.copy_(total / count.clamp(min=1))  # where nothing was seen yet: 0 / 0
-            self.var.copy_((squares / count.clamp(min=1) - self.mean**2).clamp(min=0))
+        Sums of what is left of the mean so far, so that none is large (Chan et al. 1979).
+        """
+        delta = batch.double() - self.mean
+        rows = sum_over_processes(self.count.new_tensor(len(batch)))
+        shift, squares = sum_over_processes(torch.stack([delta.sum(0), delta.square().sum(0)]))
+        total = (self.count + rows).clamp(min=1)  # where there are none yet: no 0 / 0
+        step = shift / total
+        self.var.copy_((self.count * self.var + squares) / total - step**2).clamp_(min=0)
+        self.mean += step
+        self.count += rows
 
 
 class ObservationNormalizer(RunningMeanStd):
     """Observations by their running mean and variance, clipped; images from 0 to 1 just so.
 
-    Lives on the CPU, as they do.
+    Lives on the CPU, as they do. The statistics change between rollouts only: what is stored is
+    what the policy saw. In the first one they are 0 and 1, so observations are only clipped.
     """
 
-    def normalize(self, obs: np.ndarray, update: bool = False) -> Tensor:
-        """(B, *shape) raw to float32, by the statistics as they stand, or with these rows in."""
+    def normalize(self, obs: np.ndarray) -> Tensor:
+        """Raw observations (B, *O) to float32."""
         obs = torch.as_tensor(obs)
-        if not (self.config.norm_obs and self.mean.ndim):  # images have no mean
+        if not (self.config.norm_obs and self.mean.ndim):
             return obs.float() / 255 if obs.dtype == torch.uint8 else obs.float()
-        if update:
-            self.update(obs)
         scaled = (obs - self.mean) / torch.sqrt(self.var + 1e-8)
         return scaled.clamp_(-self.config.clip_obs, self.config.clip_obs).float()
 
@@ -478,9 +460,7 @@ class RewardNormalizer(RunningMeanStd):
         for t in range(len(rewards)):
             running.mul_(self.config.gamma).add_(rewards[t]).mul_(valid[t])
             discounted[t] = running
-        before = self.sums()
         self.update(discounted[valid])
-        self.merge_processes(before)
         scaled = rewards / self.scale().to(rewards.dtype)
         return scaled.clamp_(*self.config.clip_reward).to(device)
 
@@ -594,14 +574,15 @@ Episodes = list[tuple[float, int]]  # raw returns, and lengths
 @torch.no_grad()
 def collect_rollout(envs: VectorEnv, agent: ActorCritic, normalizer, rollout) -> Episodes:
     """Fill `rollout` with its next T steps; raw (return, length) of the episodes that ended."""
-    episodes, before = [], normalizer.sums()
+    episodes, raw_obs = [], []
     rollout.obs[0] = rollout.obs[-1]
     for t in range(len(rollout.rewards)):
         rollout.valid[t] = torch.from_numpy(~rollout.ended)
         rollout.actions[t], rollout.logprobs[t] = agent.act(rollout.obs[t])
         actions = env_actions(rollout.actions[t], envs.single_action_space)
         obs, rewards, terminated, truncated, _ = ask(envs, envs.step, actions)
-        rollout.obs[t + 1] = normalizer.normalize(obs, update=True)
+        raw_obs.append(torch.from_numpy(obs))
+        rollout.obs[t + 1] = normalizer.normalize(obs)
         rollout.rewards[t] = torch.from_numpy(rewards)
         endings = torch.from_numpy(terminated), torch.from_numpy(truncated)
         rollout.terminated[t], rollout.truncated[t] = endings
@@ -612,7 +593,8 @@ def collect_rollout(envs: VectorEnv, agent: ActorCritic, normalizer, rollout) ->
         for i in np.flatnonzero(rollout.ended):
             episodes.append((float(rollout.episode_return[i]), int(rollout.episode_length[i])))
             rollout.episode_return[i] = rollout.episode_length[i] = 0
-    normalizer.merge_processes(before)
+    if normalizer.mean.ndim:  # images have none
+        normalizer.update(torch.cat(raw_obs))
     return episodes
 
 
@@ -654,9 +636,10 @@ def make_batch(rollout: Rollout, agent: ActorCritic, rewards: Tensor, config: Co
     advantages, returns = compute_gae(rewards, values, *endings, *discounts)
     rows = (rollout.obs[:-1], rollout.actions, rollout.logprobs, values[:-1], advantages, returns)
     batch = Batch(*(tensor[rollout.valid] for tensor in rows))
-    advantages = batch.advantages - mean_over_processes(batch.advantages)
-    std = mean_over_processes(advantages.square()).sqrt()
-    return batch._replace(advantages=advantages / (std + 1e-8))
+    seen = RunningMeanStd(config)
+    seen.update(batch.advantages.cpu())  # sync point
+    advantages = (batch.advantages - seen.mean) / (seen.var.sqrt() + 1e-8)
+    return batch._replace(advantages=advantages)
 
 
 # ==== 6. Update ===================================================================================
@@ -687,7 +670,7 @@ def ppo_loss(batch: Batch, logprobs, entropy, values, config: Config) -> tuple[T
     return loss, metrics.detach()
 
 
-def adapt_learning_rates(optimizer: Optimizer, kl: Tensor, desired_kl: float) -> None:
+def adapt_learning_rates(optimizer: optim.Optimizer, kl: Tensor, desired_kl: float) -> None:
     """Steer the KL of an update, in place and without a sync point (rsl_rl's rule).
 
     A KL of exactly zero is the first minibatch, where the policy is still the old one.
@@ -708,7 +691,7 @@ def average_gradients(agent: ActorCritic, metrics: Tensor, rows: int) -> Tensor:
     return flat[-1 - len(metrics) : -1]
 
 
-def update(agent: ActorCritic, optimizer: Optimizer, batch: Batch, config: Config) -> Metrics:
+def update(agent: ActorCritic, optimizer: optim.Optimizer, batch: Batch, config: Config) -> Metrics:
     """Epochs of freshly shuffled minibatches; metrics averaged over all of them.
 
     The rows are split into `num_minibatches` near-equal parts, so that none is tiny and every
@@ -744,7 +727,7 @@ def update(agent: ActorCritic, optimizer: Optimizer, batch: Batch, config: Confi
     return columns
 
 
-def schedule_learning_rates(optimizer: Optimizer, config: Config, step: int) -> None:
+def schedule_learning_rates(optimizer: optim.Optimizer, config: Config, step: int) -> None:
     """Those of the policy and of the value function at an absolute step of the whole run."""
     progress = min(step / config.total_timesteps, 1.0)
     shapes = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
@@ -756,12 +739,10 @@ def schedule_learning_rates(optimizer: Optimizer, config: Config, step: int) -> 
 # ==== 7. Evaluate =================================================================================
 
 Act = Callable[[np.ndarray], np.ndarray]  # raw observations (B, O) to actions (B, A)
-Seeds = Sequence[int]
 Row = dict[str, Any]  # of a step: what it began with, was given, and led to
-Step = tuple[gym.Env, Row]
 
 
-def play(act: Act, config: Config, seeds: Seeds, together=1, render=None) -> Iterator[Step]:
+def play(act: Act, config: Config, seeds, together=1, render=None) -> Iterator[tuple[gym.Env, Row]]:
     """One deterministic episode for each seed; yields each step, and the environment after it.
 
     Episode k is reset with seeds[k]; `together` of them step at once, which is faster.
@@ -831,14 +812,13 @@ class Learner:
         self.agent = ActorCritic(*self.spaces, config).to(self.device)
         if sum(p.numel() for p in self.agent.parameters()) < 100_000:
             torch.set_num_threads(1)  # small networks lose more to threads than they gain
-        named, rate = self.agent.named_parameters(), config.learning_rate
-        policy = [p for name, p in named if not name.startswith("critic.")]
-        values = self.agent.critic.parameters()
+        policy = [p for name, p in self.agent.named_parameters() if not name.startswith("critic.")]
+        values, rate = self.agent.critic.parameters(), config.learning_rate
         groups = [  # a rate in a tensor can be changed without a sync point
             {"params": params, "initial_lr": rate, "lr": torch.tensor(rate, device=self.device)}
             for params, rate in ((policy, rate), (values, config.value_learning_rate or rate))
         ]
-        self.optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
+        self.optimizer = optim.Adam(groups, eps=1e-5, fused=True)
         vector = is_vector(self.spaces[0])
         self.obs_normalizer = ObservationNormalizer(config, self.spaces[0].shape if vector else ())
         self.reward_normalizer = RewardNormalizer(config)
@@ -878,7 +858,7 @@ class Learner:
         solved = self.config.stop_when_solved and self.counters.solved_step is not None
         return solved or self.counters.step >= self.config.total_timesteps
 
-    def load(self, state: dict[str, Any], source: File, parts: Sequence[str]) -> None:
+    def load(self, state: dict[str, Any], source: str | Path, parts: Sequence[str]) -> None:
         """Load these parts of a checkpoint's state. UserError where they do not fit."""
         like = {part: getattr(self, part).state_dict() for part in parts}
         if "optimizer" in parts:  # all of a run; Adam has moments after a first step
@@ -938,7 +918,7 @@ POLICY = ("agent", "obs_normalizer")
 LEARNED = (*POLICY, "optimizer", "reward_normalizer")
 
 
-def load_checkpoint(path: File, env: str | None = None) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, env: str | None = None) -> dict[str, Any]:
     """A checkpoint's state on the CPU. Runs no code from it; UserError where it cannot be used.
 
     torch.load sees only records whose checksum was right: by itself it does not look, and would
@@ -988,15 +968,14 @@ HALF_WRITTEN = "checkpoints_walker/.*.tmp.*", "videos/.*.tmp.*", "plots/.*.tmp.*
 
 
 def make_folders(*folders: Path) -> None:
-    """UserError, before any is made, where one cannot be made or written to."""
-    blocked = [folder for folder in folders if folder.exists() and not folder.is_dir()]
-    for folder in blocked or folders:
+    """UserError where one cannot be made or written to."""
+    for folder in folders:
         with explained(UserError, f"--out cannot be written to: {folder}", OSError):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
 
 
-def claim_folder(out: Path, resume: File | None, overwrite: bool) -> FileLock:
+def claim_folder(out: Path, resume: str | Path | None, overwrite: bool) -> FileLock:
     """Make the folders of a run and lock them, as long as this process lives.
 
     UserError where they hold another run, one is running in them, or they cannot be written to.
@@ -1016,35 +995,35 @@ def claim_folder(out: Path, resume: File | None, overwrite: bool) -> FileLock:
     return lock
 
 
-class RunLog:
+class RunLog(contextlib.ExitStack):
     """metrics.csv, the progress bar on a terminal, and plain lines everywhere."""
 
     def __init__(self, path: Path, config: Config, counters: Counters) -> None:
         from tqdm import tqdm
 
+        super().__init__()
         text = path.read_text() if path.exists() else ""
         rows = text.split("\n")[1:-1]  # behind the last line's end: nothing, or a torn line
-        if any(not row.split(",")[0].isdecimal() for row in rows):
-            raise UserError(f"{path} is damaged: a row has no step; mend it, or remove it")
-        rows = [row for row in rows if int(row.split(",")[0]) <= counters.step]
+        with explained(UserError, f"{path} is damaged: mend it, or remove it", ValueError):
+            rows = [row for row in rows if int(row.split(",")[0]) <= counters.step]
         with atomic_path(path) as temporary:
             temporary.write_text("\n".join([",".join(CSV_COLUMNS), *rows, ""]))
-        self.path, self.file, self.said_at = path, open(path, "a"), time.monotonic()
+        self.path, self.board, self.said_at = path, None, time.monotonic()
         total = config.num_iterations * config.batch_size * process()[1]
         how = {"unit": " steps", "unit_scale": True, "disable": None}  # None: but on a terminal
-        self.bar, self.board = tqdm(total=total, initial=counters.step, **how), None
+        self.bar = self.enter_context(tqdm(total=total, initial=counters.step, **how))
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(path.parents[1] / BOARD, purge_step=counters.step + 1)
+            board = SummaryWriter(path.parents[1] / BOARD, purge_step=counters.step + 1)
+            self.board = self.enter_context(board)
 
     def row(self, row: dict[str, Any]) -> None:
-        """Append a row, flushed; a column that is not given stays empty. Show where the run is."""
+        """Append a row; a column that is not given stays empty. Show where the run is."""
         given = {name: row[name] for name in CSV_COLUMNS if row.get(name) is not None}
         cells = {k: f"{x:.6g}" if isinstance(x, float) else str(x) for k, x in given.items()}
-        with writing(self.path):
-            self.file.write(",".join(cells.get(name, "") for name in CSV_COLUMNS) + "\n")
-            self.file.flush()
+        with writing(self.path), open(self.path, "a") as file:
+            file.write(",".join(cells.get(name, "") for name in CSV_COLUMNS) + "\n")
         for name, number in given.items() if self.board else ():
             self.board.add_scalar(name, number, row["step"])
         shown = {"return": row.get("return_mean"), "best": row["best_return"]}
@@ -1059,13 +1038,6 @@ class RunLog:
         with self.bar.external_write_mode():
             print(text, flush=True)
         self.said_at = time.monotonic()
-
-    def close(self) -> None:
-        self.bar.close()
-        with writing(self.path):  # what could not be flushed is tried again
-            self.file.close()
-        if self.board:
-            self.board.close()
 
 
 def write_config(config: Config, threshold: float | None, path: Path) -> None:
@@ -1099,18 +1071,15 @@ def record_episode(act: Act, config: Config, seed: int, mp4: Path, seconds=None)
 
 
 def _write_gif(mp4: Path, fps: float, gif: Path, limit: int = 3_000_000) -> None:
-    """The film at half its size, in fewer frames until it is small enough, at the true speed."""
+    """A third of the film's frames at half its size, at the true speed; cut where it is full."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
     colours = "split[a][b];[a]palettegen=64[p];[b][p]paletteuse=dither=none"
-    for stride in (2, 3, 4, 6, 8, 12, 24):
-        with atomic_path(gif) as temporary:
-            filters = ["-vf", f"fps={fps / stride},scale=iw/2:-1:flags=area,{colours}", temporary]
-            command = [get_ffmpeg_exe(), "-v", "quiet", "-y", "-i", mp4, *filters]
-            if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
-                raise OSError("the encoder failed; is the disk full?")  # it says nothing itself
-            if temporary.stat().st_size <= limit:
-                return
+    filters = ["-vf", f"fps={fps / 3},scale=iw/2:-1:flags=area,{colours}", "-fs", str(limit)]
+    with atomic_path(gif) as temporary:
+        command = [get_ffmpeg_exe(), "-v", "quiet", "-y", "-i", mp4, *filters, temporary]
+        if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
+            raise OSError("the encoder failed; is the disk full?")  # it says nothing itself
 
 
 def gait_state(env: gym.Env) -> dict[str, np.ndarray]:
@@ -1152,7 +1121,7 @@ def write_data(learner: Learner, rows: list[Row], path: Path) -> None:
         np.savez_compressed(temporary, **arrays, **units)
 
 
-class StopSignals:
+class StopSignals(contextlib.ExitStack):
     """While entered, a SIGINT or SIGTERM is noted in `received`; one more a second later leaves.
 
     One keypress can arrive twice: from the terminal, and from a launcher that passes it on.
@@ -1161,8 +1130,9 @@ class StopSignals:
     received: int | None = None
 
     def __enter__(self) -> StopSignals:
-        numbers = signal.SIGINT, signal.SIGTERM
-        self.replaced = {number: signal.signal(number, self._note) for number in numbers}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            replaced = signal.signal(number, self._note) or signal.SIG_DFL
+            self.callback(signal.signal, number, replaced)
         return self
 
     def _note(self, number: int, _frame: Any) -> None:
@@ -1172,10 +1142,6 @@ class StopSignals:
         elif time.monotonic() > self.noted_at + 1:
             os._exit(128 + number)
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.replaced.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
 
 # ==== 10. Train ===================================================================================
 
@@ -1184,7 +1150,7 @@ RESUMABLE = """total_timesteps device vector_env step_timeout out
 eval_every eval_episodes checkpoint_every record_every tensorboard stop_when_solved""".split()
 
 
-def prepare_learner(config: Config, resume: File | None) -> Learner:
+def prepare_learner(config: Config, resume: str | Path | None) -> Learner:
     """A new learner, or one that goes on from `resume`. Writes nothing."""
     seed_everything(config.seed, rank=0, step=0)  # the same networks in every process
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
@@ -1198,14 +1164,11 @@ def prepare_learner(config: Config, resume: File | None) -> Learner:
             if (new := getattr(config, name)) != old and name not in RESUMABLE:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} is {new!r}, but {resume} was trained with {old!r}")
+        best = Path(config.out, BEST)  # it may be newer than the checkpoint, or missing
+        counters = load_checkpoint(best, config.env)["counters"] if best.exists() else {}
+        state["counters"] |= {name: counters.get(name) for name in ("best_return", "best_step")}
         learner.load(state, resume, LEARNED)
-        counters = learner.counters
-        learner.started -= counters.wall_s
-        counters.best_return = counters.best_step = None
-        best = Path(config.out, BEST)  # it may be newer than the checkpoint
-        if best.exists():
-            found = checked(Counters, load_checkpoint(best, config.env)["counters"], best)
-            counters.best_return, counters.best_step = found.best_return, found.best_step
+        learner.started -= learner.counters.wall_s
     elif config.init_from is not None:
         learner.load(load_checkpoint(config.init_from, config.env), config.init_from, POLICY)
     return learner
@@ -1273,8 +1236,7 @@ def episode_columns(episodes: Episodes) -> Metrics:
     """Raw returns and lengths of the episodes that ended in an iteration."""
     columns: Metrics = {"episodes": len(episodes)}
     for name, all_ in zip(("return", "length"), zip(*episodes, strict=True), strict=False):
-        columns |= {f"{name}_mean": float(np.mean(all_)), f"{name}_min": min(all_)}
-        columns[f"{name}_max"] = max(all_)
+        columns |= {f"{name}_{f.__name__}": float(f(all_)) for f in (np.mean, min, max)}
     return columns
 
 
@@ -1283,7 +1245,7 @@ def film(learner: Learner, log: RunLog, mp4: Path) -> None:
     try:
         record_episode(learner.act, learner.config, *env_seeds(learner.config.seed, VIDEO, 1), mp4)
         log.say(f"video: {mp4}, and a GIF beside it")
-    except (UserError, gym.error.Error, NotImplementedError) as error:
+    except (UserError, EnvironmentFailure) as error:
         log.say(f"no video: {error}")
 
 
@@ -1304,16 +1266,7 @@ def export(learner: Learner, log: RunLog, with_film: bool) -> None:
 Outcome = tuple[Counters, int | None]  # where the run stands, and the signal that stopped it
 
 
-def summary(counters: Counters) -> str:
-    text = f"{counters.step:,} steps in {counters.wall_s / 60:.1f} min"
-    if counters.best_return is not None:
-        text += f", best evaluation {counters.best_return:.1f} at step {counters.best_step:,}"
-    if counters.solved_step is not None:
-        text += f", solved at step {counters.solved_step:,} ({counters.solved_wall_s / 60:.1f} min)"
-    return text
-
-
-def train(config: Config, resume: File | None = None, overwrite: bool = False) -> Outcome:
+def train(config: Config, resume: str | Path | None = None, overwrite: bool = False) -> Outcome:
     """Train, evaluate, save, log, and at the end film the best policy and plot the curves.
 
     `resume` is the checkpoint to go on from; `overwrite` removes an earlier run's files first.
@@ -1335,7 +1288,7 @@ def train(config: Config, resume: File | None = None, overwrite: bool = False) -
             stack.callback(claim_folder(out, resume, overwrite).release)
             write_config(config, learner.threshold, out / CONFIG)
             learner.save(LAST)  # before metrics.csv is cut to its step: killed between, they fit
-            log = stack.enter_context(contextlib.closing(RunLog(out / METRICS, config, counters)))
+            log = stack.enter_context(RunLog(out / METRICS, config, counters))
         rollout = Rollout(config, normalizer.normalize(obs).to(learner.device), learner.spaces[1])
 
         while not any_process(learner.is_done() or stop.received is not None):
@@ -1382,7 +1335,8 @@ def train(config: Config, resume: File | None = None, overwrite: bool = False) -
 
         if rank == 0:
             learner.save(LAST)
-            log.say(summary(counters))
+            best = "" if counters.best_return is None else f", best {counters.best_return:.1f}"
+            log.say(f"{counters.step:,} steps in {counters.wall_s / 60:.1f} min{best}")
             export(learner, log, with_film=stop.received != signal.SIGTERM)
         any_process(False)  # a launcher ends all when one ends: not before the film is done
     return counters, stop.received

@@ -268,7 +268,7 @@ WRONG_TRAINING = [  # what is typed after the settings of `TINY`, and parts of w
     ),
     ("--env CliffWalking-v1 --env-kwargs", "--env CliffWalking-v1", "observations are no float"),
     ("--env-kwargs gravity=1", "--env Pendulum-v1", "unexpected keyword argument 'gravity'"),
-    ("--env-kwargs hardcore", "--env-kwargs is ('hardcore',)", "KEY=VALUE"),
+    ("--env-kwargs hardcore", "--env-kwargs is ('hardcore',)", "KEY"),
     ("--env", "--env", "expected one argument"),
     ("--num-envs many", "--num-envs", "'many'"),
     ("--num-envs 1.5", "--num-envs", "'1.5'"),

@@ -204,46 +204,45 @@ def test_observations_are_scaled_by_hand_arithmetic_and_clipped_at_both_sides():
     np.testing.assert_allclose(scaled.numpy(), [[0.5, -0.5], [3.0, -3.0]], rtol=1e-6)
 
 
-def test_normalising_alone_changes_no_statistics_and_updating_does():
-    normalizer = core.ObservationNormalizer(core.Config(), (2,))
-    obs = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32)
-    normalizer.normalize(obs, update=True)
-    before = {name: buffer.clone() for name, buffer in normalizer.named_buffers()}
-    normalizer.normalize(obs + 5)
-    for name, buffer in normalizer.named_buffers():
-        assert torch.equal(buffer, before[name])
-    normalizer.normalize(obs + 5, update=True)
-    assert normalizer.count == 100
-    assert not torch.equal(normalizer.mean, before["mean"])
+def test_normalising_changes_no_statistics_and_before_the_first_rollout_it_only_clips():
+    normalizer = core.ObservationNormalizer(core.Config(clip_obs=3.0), (2,))
+    scaled = normalizer.normalize(np.array([[0.5, -50.0]], np.float32))
+    np.testing.assert_allclose(scaled.numpy(), [[0.5, -3.0]], rtol=1e-6)
+    assert (normalizer.count, normalizer.mean.tolist()) == (0, [0, 0])
+    assert normalizer.var.tolist() == [1, 1]
 
 
-def test_the_observations_of_a_step_count_before_they_are_normalised():
-    normalizer = core.ObservationNormalizer(core.Config(), (1,))
-    scaled = normalizer.normalize(np.array([[-1.0], [3.0]], np.float32), update=True)
-    np.testing.assert_allclose(scaled.numpy(), [[-1.0], [1.0]], rtol=1e-6)
+def test_no_rows_leave_the_statistics_as_they_were():
+    normalizer, none = core.ObservationNormalizer(core.Config(), (2,)), torch.zeros(0, 2)
+    normalizer.update(none)
+    assert normalizer.count == 0
+    assert torch.isfinite(normalizer.normalize(np.ones((3, 2), np.float32))).all()
+    normalizer.update(torch.tensor([[0.0, 5.0], [4.0, 15.0]]))
+    normalizer.update(none)
+    assert (normalizer.mean.tolist(), normalizer.var.tolist()) == ([2, 10], [4, 25])
+    assert normalizer.count == 2
 
 
 def test_disabled_observation_normalisation_passes_raw_values():
     normalizer = core.ObservationNormalizer(core.Config(norm_obs=False, clip_obs=0.1), (2,))
     obs = np.array([[1e4, -1e4]], np.float32)
-    assert torch.equal(normalizer.normalize(obs, update=True), torch.from_numpy(obs))
-    assert normalizer.count == 0
+    normalizer.update(torch.from_numpy(obs))
+    assert torch.equal(normalizer.normalize(obs), torch.from_numpy(obs))
 
 
-def test_one_set_of_observation_statistics_covers_all_environments_and_rows():
-    lengths = (3, -2)
+def test_after_each_rollout_the_statistics_are_numpys_over_all_rows_that_steps_returned():
+    """Of all environments; the first observations of a run are none, so a restart adds nothing."""
+    lengths, stream = (3, -2), []
     collection = toy_envs.Collection(toy_envs.script_config(lengths, norm_obs=True))
-    for _ in range(2):
+    scripts = [toy_envs.script_rows(tag, lengths) for tag in range(4)]
+    for k in range(1, 4):
         collection.rollout()
-    stream = [(tag, 0, 0) for tag in range(4)]
-    for tag in range(4):
-        rows = itertools.islice(toy_envs.script_rows(tag, lengths), 14)
-        stream += [row.obs for row in rows]
-    stats = collection.normalizer
-    assert stats.mean.shape == (5,)
-    assert stats.count == len(stream) == 4 + 14 * 4
-    np.testing.assert_allclose(stats.mean[:3].numpy(), np.mean(stream, 0), rtol=1e-12)
-    np.testing.assert_allclose(stats.var[:3].numpy(), np.var(stream, 0), rtol=1e-12)
+        stream += [row.obs for script in scripts for row in itertools.islice(script, 7)]
+        stats = collection.normalizer
+        assert stats.mean.shape == (5,)
+        assert stats.count == len(stream) == k * 7 * 4
+        np.testing.assert_allclose(stats.mean[:3].numpy(), np.mean(stream, 0), rtol=1e-12)
+        np.testing.assert_allclose(stats.var[:3].numpy(), np.var(stream, 0), rtol=1e-12)
 
 
 def discounted_returns(rewards: np.ndarray, valid: np.ndarray, gamma: float) -> list[float]:

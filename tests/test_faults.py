@@ -75,7 +75,7 @@ def test_a_number_of_an_environment_that_is_not_finite_is_named_with_its_place(
 ):
     settings = faulty(fault, SEEDS[2], at=20) | {"vector_env": backend, "eval_every": BATCH}
     said = failed(tmp_path, capsys, **settings)
-    assert said == f"environment 2, 20 steps after a reset with seed {SEEDS[2]}: {NOT_FINITE}"
+    assert said == f"environment 2, first reset with seed {SEEDS[2]}: {NOT_FINITE}"
     assert last_iteration(tmp_path) == 2  # rollouts of 8, with reset rows: the third has step 20
     assert [row["step"] for row in rows(tmp_path)] == ["32", "64"]
     assert core.load_checkpoint(tmp_path / core.BEST)["counters"]["step"] in (32, 64)
@@ -84,7 +84,7 @@ def test_a_number_of_an_environment_that_is_not_finite_is_named_with_its_place(
 @pytest.mark.parametrize("at", [0, 1], ids=["first reset", "a reset later"])
 def test_an_observation_of_a_reset_that_is_not_finite_is_named_with_its_place(at, tmp_path, capsys):
     said = failed(tmp_path, capsys, **faulty("obs nan in reset", SEEDS[3], at))
-    where = f"environment 3, {10 * at} steps after a reset with seed {SEEDS[3]}"
+    where = f"environment 3, first reset with seed {SEEDS[3]}"
     assert said == f"{where}: {NOT_FINITE}"
     if at:
         assert last_iteration(tmp_path) == at
@@ -135,7 +135,7 @@ def test_a_loss_or_gradient_that_is_not_finite_is_named_and_leaves_the_checkpoin
 def test_an_environment_that_raises_in_a_step_is_named_with_its_seed(k, backend, tmp_path, capsys):
     settings = faulty("raise -", SEEDS[k], at=12) | {"vector_env": backend}
     said = failed(tmp_path, capsys, **settings)
-    where = f"environment {k}, 12 steps after a reset with seed {SEEDS[k]}"
+    where = f"environment {k}, first reset with seed {SEEDS[k]}"
     assert said == f"{where}: {FELL}"
     assert last_iteration(tmp_path) == 1
     assert len(rows(tmp_path)) == 1
@@ -147,7 +147,7 @@ def test_an_environment_that_raises_in_a_later_reset_is_named_with_its_seed(
 ):
     settings = faulty("raise - in reset", SEEDS[1]) | {"vector_env": backend}
     said = failed(tmp_path, capsys, **settings)
-    assert said == f"environment 1, 10 steps after a reset with seed {SEEDS[1]}: {FELL}"
+    assert said == f"environment 1, first reset with seed {SEEDS[1]}: {FELL}"
     assert last_iteration(tmp_path) == 1
 
 
@@ -157,7 +157,7 @@ def test_an_environment_that_raises_in_its_first_reset_is_named_with_its_seed(
 ):
     settings = faulty("raise - in reset", SEEDS[1], at=0) | {"vector_env": backend}
     said = failed(tmp_path, capsys, **settings)
-    assert said == f"environment 1, 0 steps after a reset with seed {SEEDS[1]}: {FELL}"
+    assert said == f"environment 1, first reset with seed {SEEDS[1]}: {FELL}"
 
 
 @pytest.mark.parametrize("fault", ["raise -", "reward nan", "obs nan"])
@@ -165,7 +165,7 @@ def test_an_environment_that_fails_in_an_evaluation_is_named_with_its_seed(fault
     seed = core.env_seeds(1, core.EVALUATE, 2)[1]
     said = failed(tmp_path, capsys, **faulty(fault, seed, at=4), eval_every=2 * BATCH)
     why = FELL if fault == "raise -" else NOT_FINITE
-    assert said == f"environment, 4 steps after a reset with seed {seed}: {why}"
+    assert said == f"environment, first reset with seed {seed}: {why}"
     assert last_iteration(tmp_path) in (1, 2)
     assert not (tmp_path / core.BEST).exists()
 

@@ -29,7 +29,7 @@ import walker_core as core
 RANKS = 2
 SHARED = (*core.LOSS_METRICS, "grad_norm", "action_std", "learning_rate")  # over all rows
 T, N = 12, 8  # of the rollout that two processes share, 4 environments each
-ROWS = ((5, 2), (1, 30), (17, 4))  # that each rank sees before each merge
+ROWS = ((5, 2), (1, 30), (17, 0))  # that each rank sees before each update
 STOP_AT = 2  # the iteration in which rank 1 alone gets a SIGTERM
 
 
@@ -82,32 +82,25 @@ def learn(envs: slice) -> dict[str, Any]:
 
 
 def stream(rank: int) -> list[np.ndarray]:
-    """What a rank sees before each merge: rows of two numbers."""
+    """What a rank sees before each update: rows of two numbers."""
     random = np.random.default_rng(rank)
     return [(1 + rank) * random.normal(3 + k, 1, (rows[rank], 2)) for k, rows in enumerate(ROWS)]
 
 
 def merge(rank: int) -> list[torch.Tensor]:
-    """Mean, variance and count after each of the merges, stacked."""
+    """Mean, variance and count after each of the updates, stacked."""
     statistics, after = core.RunningMeanStd(core.Config(), (2,)), []
     for batch in stream(rank):
-        before = statistics.sums()
-        for rows in np.array_split(batch, min(2, len(batch))):
-            statistics.update(torch.as_tensor(rows))
-        statistics.merge_processes(before)
+        statistics.update(torch.as_tensor(batch))
         after.append(torch.stack([statistics.mean, statistics.var, statistics.count.expand(2)]))
     return after
 
 
-def merge_constant(value: float, updates: int) -> list[torch.Tensor]:
-    """Mean and variance where all that both ranks see is one value, or nothing at all."""
+def merge_constant(value: float, counts: tuple[int, ...]) -> list[torch.Tensor]:
+    """Mean and variance where all that both ranks see is one value, so many times an update."""
     statistics = core.RunningMeanStd(core.Config(), (1,))
-    for k in range(updates):
-        before = statistics.sums()
-        statistics.update(torch.full((7 + k, 1), value))
-        statistics.merge_processes(before)
-    if not updates:
-        statistics.merge_processes(statistics.sums())
+    for count in counts:
+        statistics.update(torch.full((count, 1), value))
     return [statistics.mean, statistics.var]
 
 
@@ -155,16 +148,14 @@ def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     meet = f"file://{folder / 'meet'}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=RANKS)
-    rows = torch.arange(3.0) if rank == 0 else torch.tensor([9.0])
     found = {
         "process": core.process(),
         "sum": core.sum_over_processes(torch.tensor([1.0, 2.0]) + rank),
-        "mean": core.mean_over_processes(rows),
         "any": [core.any_process(flag) for flag in (False, rank == 0, rank == 1, True)],
         "learn": learn(slice(N // RANKS * rank, N // RANKS * (rank + 1))),
         "merge": merge(rank),
-        "nothing": merge_constant(0.0, 0),
-        "constant": merge_constant(123456.789, 5),
+        "nothing": merge_constant(0.0, (0,)),
+        "constant": merge_constant(123456.789, (7, 8, 0, 9)),
         "train": train(rank, folder / "run"),
     }
     torch.save(found, folder / f"{rank}.pt")
@@ -239,16 +230,14 @@ def said(out: Path) -> str:
 def test_a_process_alone_is_rank_0_of_1_and_its_sums_are_its_own():
     assert core.process() == (0, 1)
     assert core.sum_over_processes(torch.tensor([1.0, 2.0])).tolist() == [1, 2]
-    assert core.mean_over_processes(torch.tensor([1.0, 2.0])) == 1.5
     assert not core.any_process(False)
     assert core.any_process(True)
 
 
-def test_sums_means_and_flags_are_of_all_processes_and_the_mean_is_of_rows(ranks):
+def test_sums_and_flags_are_of_all_processes(ranks):
     assert [found["process"] for found in ranks] == [(0, 2), (1, 2)]
     for found in ranks:
         assert found["sum"].tolist() == [3, 5]
-        assert found["mean"] == (0 + 1 + 2 + 9) / 4
         assert found["any"] == [False, True, True, True]
 
 
@@ -287,7 +276,6 @@ def test_merged_statistics_are_numpys_over_all_that_all_processes_saw(ranks):
 
 
 def test_statistics_of_nothing_stay_finite_when_merged(ranks):
-    """Without --norm-obs nothing is ever counted."""
     for found in ranks:
         assert [float(x) for x in found["nothing"]] == [0, 0]
 

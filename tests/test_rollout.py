@@ -102,16 +102,19 @@ def test_the_next_observation_is_what_the_step_returned_also_the_terminal_one(le
         assert torch.equal(before.obs[-1], after.obs[0])
 
 
-def test_the_terminal_observation_is_normalised_like_any_other():
+def test_every_observation_of_a_rollout_is_normalised_by_what_was_seen_before_it():
+    """The terminal one like any other. So what is stored is what the policy saw."""
     lengths = (3, -2)
     settings = {"norm_obs": True, "num_envs": 1, "minibatch_size": 4}
     collection = toy_envs.Collection(toy_envs.script_config(lengths, **settings))
-    buffer, stream = collection.rollout(), [(0, 0, 0)]
-    for t, row in enumerate(itertools.islice(toy_envs.script_rows(0, lengths), 7)):
-        stream.append(row.obs)
-        seen = np.array(stream)
-        expected = (seen[-1] - seen.mean(0)) / np.sqrt(seen.var(0) + 1e-8)
-        np.testing.assert_allclose(buffer.obs[t + 1, 0, :3], expected, rtol=1e-5, atol=1e-6)
+    script, seen = toy_envs.script_rows(0, lengths), []
+    for _ in range(3):
+        mean, var = (np.mean(seen, 0), np.var(seen, 0)) if seen else (0, 1)
+        buffer = collection.rollout()
+        rows = [row.obs for row in itertools.islice(script, 7)]
+        expected = (np.array(rows) - mean) / np.sqrt(var + 1e-8)
+        np.testing.assert_allclose(buffer.obs[1:, 0, :3], expected, rtol=1e-5, atol=1e-6)
+        seen += rows
 
 
 def test_the_stored_action_is_the_sample_and_the_environment_received_it_clipped():

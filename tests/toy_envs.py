@@ -230,7 +230,7 @@ class Collection:
         seeds = range(config.num_envs)
         self.envs, self.first_obs = core.make_vector_env(config, seeds)
         self.normalizer = self.learner.obs_normalizer
-        first_obs = self.normalizer.normalize(self.first_obs, update=True)
+        first_obs = self.normalizer.normalize(self.first_obs)
         self.buffer = core.Rollout(config, first_obs, self.learner.spaces[1])
         self.episodes: list[tuple[float, int]] = []
 
