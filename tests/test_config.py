@@ -98,6 +98,11 @@ def test_a_wrong_value_is_refused_with_its_flag_its_value_and_what_is_right(name
     assert re.search(r"must (be|have)|should (match|have)|Field required", refused(name, value))
 
 
+def test_an_argument_of_the_environment_without_its_value_is_refused_with_the_pattern_of_one():
+    said = refused("env_kwargs", ("hardcore",))
+    assert said == "String should match pattern '(?P<KEY>.+)=(?P<VALUE>.*)'"
+
+
 @pytest.mark.parametrize(("name", "value", "right"), TOGETHER, ids=repr)
 def test_what_pydantic_cannot_know_is_refused_just_so(name, value, right):
     assert refused(name, value) == f"it must be {right}"
@@ -106,7 +111,6 @@ def test_what_pydantic_cannot_know_is_refused_just_so(name, value, right):
 @pytest.mark.parametrize(
     ("name", "value", "right"),
     [
-        ("env_kwargs", ("hardcore",), "pattern '(?P<KEY>.+)=(?P<VALUE>.*)'"),
         ("gamma", 1.1, "less than or equal to 1"),
         ("learning_rate", 0.0, "greater than 0"),
         ("learning_rate", NAN, "a finite number"),
