@@ -312,8 +312,6 @@ def make_env(config: Config, render_mode: str | None = None, name: str = "enviro
     with explained(UserError, f"--env {config.env} cannot be made", Exception):  # not our code
         with warnings.catch_warnings(action="ignore"):  # what is wrong is said in one line
             env = gym.make(config.env, disable_env_checker=True, **options)
-    if render_mode and render_mode not in env.metadata.get("render_modes", ()):
-        raise UserError(f"--env {config.env} cannot render")
     if is_image(env.observation_space):  # grey, half as large, four in a row: they show speed
         small = Box(0, 255, grey_half(env.observation_space.low).shape, np.uint8)
         env = gym.wrappers.TransformObservation(env, grey_half, small)
@@ -781,9 +779,8 @@ def evaluate(act: Act, config: Config, seeds: Sequence[int], together: int = 16)
 
 def resolve_device(name: str) -> torch.device:
     """The device of that name. UserError where this machine has none."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
-    name = ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
-    if not there[name]:
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if not getattr(torch, name).is_available():
         raise UserError(f"--device {name}: there is none here, use --device cpu")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
@@ -1182,15 +1179,15 @@ def is_due(every: int, step: int, steps: int, total: float = math.inf) -> bool:
     return every > 0 and (step // every > (step - steps) // every or step >= total)
 
 
-def evaluate_and_rank(learner: Learner, steps: int, log: RunLog) -> tuple[Metrics, bool]:
-    """If due: the evaluation columns of an iteration of `steps`, and whether this is the best yet.
+def evaluate_and_rank(learner: Learner, steps: int, log: RunLog) -> Metrics:
+    """If due: the evaluation columns of an iteration of `steps`; its counters tell the best yet.
 
     A best mean at the threshold is confirmed on 100 fresh episodes, and the policy ranked by those:
     the highest of many means over a few episodes is high by luck.
     """
     config, counters, threshold = learner.config, learner.counters, learner.threshold
     if not is_due(config.eval_every, counters.step, steps, config.total_timesteps):
-        return {}, False
+        return {}
     best = -math.inf if counters.best_return is None else counters.best_return
     seeds = env_seeds(config.seed, EVALUATE, config.eval_episodes)
     returns, _ = evaluate(learner.act, config, seeds)
@@ -1202,21 +1199,21 @@ def evaluate_and_rank(learner: Learner, steps: int, log: RunLog) -> tuple[Metric
             counters.solved_step = counters.step
             counters.solved_wall_s = time.perf_counter() - learner.started
             log.say(f"solved after {counters.solved_wall_s / 60:.1f} min, by 100 fresh episodes")
-    is_best = bool(returns.mean() > best)
-    if is_best:
-        counters.best_return, counters.best_step = float(returns.mean()), counters.step
     over = f"{returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
-    log.say(f"step {counters.step:,}: evaluation {over}{', the best so far' if is_best else ''}")
-    return columns | {"eval_episodes": len(seeds)}, is_best
+    if returns.mean() > best:
+        counters.best_return, counters.best_step = float(returns.mean()), counters.step
+        over += ", the best so far"
+    log.say(f"step {counters.step:,}: evaluation {over}")
+    return columns | {"eval_episodes": len(seeds)}
 
 
-def save(learner: Learner, steps: int, iteration_s: float, is_best: bool) -> None:
+def save(learner: Learner, steps: int, iteration_s: float) -> None:
     """After an iteration of so many steps and seconds: best.pt, step_N.pt and last.pt, where due.
 
     last.pt is written where that costs under 1 % of the iteration, else at most every 10 s.
     """
     config, step, now = learner.config, learner.counters.step, time.perf_counter()
-    if is_best:
+    if learner.counters.best_step == step:
         learner.save(BEST)
     if is_due(config.checkpoint_every, step, steps):
         learner.save(LAST.replace("last", f"step_{step}"))
@@ -1298,12 +1295,7 @@ def train(config: Config, resume: str | Path | None = None, overwrite: bool = Fa
             schedule_learning_rates(learner.optimizer, config, counters.step)
 
             # collect a rollout
-            try:
-                episodes = collect_rollout(envs, agent, normalizer, rollout)
-            except EnvironmentFailure:
-                if rank == 0:
-                    learner.save(LAST)
-                raise
+            episodes = collect_rollout(envs, agent, normalizer, rollout)
             collected = time.perf_counter()
 
             # compute advantages of the normalised rewards; update
@@ -1318,7 +1310,7 @@ def train(config: Config, resume: str | Path | None = None, overwrite: bool = Fa
                 continue  # rank 0 evaluates, logs and saves
 
             # evaluate, if due
-            evaluation, is_best = evaluate_and_rank(learner, steps, log)
+            evaluation = evaluate_and_rank(learner, steps, log)
             ended = time.perf_counter()
             counters.wall_s = ended - learner.started
 
@@ -1329,7 +1321,7 @@ def train(config: Config, resume: str | Path | None = None, overwrite: bool = Fa
             log.row(row)
 
             # save
-            save(learner, steps, ended - began, is_best)
+            save(learner, steps, ended - began)
             if is_due(config.record_every, counters.step, steps):
                 film(learner, log, out / f"videos/step_{counters.step}.mp4")
 
