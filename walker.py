@@ -8,8 +8,6 @@ import io
 import json
 import re
 import sys
-import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +18,7 @@ import viz
 import walker_core as core
 
 
-def parse(cls: Any, argv: Sequence[str], **kwargs: Any) -> Any:
+def parse(cls: Any, argv: list[str], **kwargs: Any) -> Any:
     """tyro, with its box of an error made one line."""
     said = io.StringIO()
     try:
@@ -79,7 +77,7 @@ def evaluate(test: Evaluation) -> None:
     print(json.dumps(found) if test.json else (line + ", length {length:.0f}").format(**found))
 
 
-def parse_training(argv: Sequence[str]) -> tuple[core.Config, Path | None, bool]:
+def parse_training(argv: list[str]) -> tuple[core.Config, Path | None, bool]:
     """Train PPO, then film the best policy and plot the curves.
 
     Besides the settings below: --resume [CHECKPOINT] goes on with a run (without a name: the
@@ -90,34 +88,29 @@ def parse_training(argv: Sequence[str]) -> tuple[core.Config, Path | None, bool]
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--env", "--out", "--config"):
         parser.add_argument(flag)
-    parser.add_argument("--resume", nargs="?", const="")
-    parser.add_argument("--overwrite", action="store_true")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--resume", nargs="?", const="")
+    one.add_argument("--overwrite", action="store_true")
     typed, rest = parser.parse_known_args(argv)
-    if typed.resume is not None and typed.overwrite:
-        raise core.UserError("--resume goes on with a run, --overwrite removes it: choose one")
-
     base, resume = {}, None
     if typed.config is not None:
-        wrong = ValueError, TypeError, RecursionError
-        with core.explained(core.UserError, f"{typed.config} is no JSON object", *wrong):
+        with core.explained(core.UserError, typed.config, ValueError, TypeError, RecursionError):
             base = {**json.loads(Path(typed.config).read_bytes())}
     if typed.resume is not None:
         resume = Path(typed.resume or Path(typed.out or ".", core.LAST))
         base = core.load_checkpoint(resume, typed.env)["config"]
         if typed.out is None and resume.parent.name == "checkpoints_walker":
             typed.out = str(resume.parent.parent)
-    again = [(flag, getattr(typed, flag)) for flag in ("env", "out")]
-    rest += [word for flag, value in again if value is not None for word in (f"--{flag}", value)]
-    if typed.env is not None and resume is None:
-        base["env"] = typed.env  # its preset is below --config, and below what is typed
-    default = core.checked(core.Config.for_env, base, str(resume or typed.config))
+    named = {"env": typed.env, "out": typed.out}  # an environment's preset is below all the rest
+    base |= {name: value for name, value in named.items() if value is not None}
+    default = core.checked(core.Config.for_env, base, resume or typed.config or "typed")
     config = parse(core.Config, rest, default=default, description=parse_training.__doc__)
     return config, resume, typed.overwrite
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 2 for a wrong command, 1 where training failed, 130 or 143 after a signal."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
         if argv[:1] == ["evaluate"]:
             evaluate(parse(Evaluation, argv[1:]))
@@ -127,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (core.UserError, core.TrainingError, argparse.ArgumentError, OSError) as error:
         said = "".join(c if c.isprintable() else " " for c in str(error))
-        print(f"walker.py: {textwrap.shorten(said, 380)}", file=sys.stderr)
+        print(f"walker.py: {said[:380]}", file=sys.stderr)
         return 1 if isinstance(error, core.TrainingError) else 2
     return 0 if stopped_by is None else 128 + stopped_by
 

@@ -965,8 +965,9 @@ HALF_WRITTEN = "checkpoints_walker/.*.tmp.*", "videos/.*.tmp.*", "plots/.*.tmp.*
 
 
 def make_folders(*folders: Path) -> None:
-    """UserError where one cannot be made or written to."""
-    for folder in folders:
+    """UserError, before any is made, where one cannot be made or written to."""
+    blocked = [folder for folder in folders if folder.exists() and not folder.is_dir()]
+    for folder in blocked or folders:
         with explained(UserError, f"--out cannot be written to: {folder}", OSError):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
@@ -1063,16 +1064,16 @@ def record_episode(act: Act, config: Config, seed: int, mp4: Path, seconds=None)
                     raise UserError(f"--env {config.env} renders nothing")
                 video.append_data(frame)
                 rows.append(row | gait_state(env))
-        _write_gif(temporary, fps, mp4.with_suffix(".gif"))
+        _write_gif(temporary, mp4.with_suffix(".gif"))
     return rows
 
 
-def _write_gif(mp4: Path, fps: float, gif: Path, limit: int = 3_000_000) -> None:
-    """A third of the film's frames at half its size, at the true speed; cut where it is full."""
+def _write_gif(mp4: Path, gif: Path, limit: int = 3_000_000) -> None:
+    """Every third frame of the film at half its size, at the true speed; cut at `limit` bytes."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
     colours = "split[a][b];[a]palettegen=64[p];[b][p]paletteuse=dither=none"
-    filters = ["-vf", f"fps={fps / 3},scale=iw/2:-1:flags=area,{colours}", "-fs", str(limit)]
+    filters = ["-vf", f"framestep=3,scale=iw/2:-1:flags=area,{colours}", "-fs", str(limit)]
     with atomic_path(gif) as temporary:
         command = [get_ffmpeg_exe(), "-v", "quiet", "-y", "-i", mp4, *filters, temporary]
         if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:

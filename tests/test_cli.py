@@ -321,9 +321,9 @@ WRONG_TRAINING = [  # what is typed after the settings of `TINY`, and parts of w
         "agent.actor.0.weight is damaged, or of shape (4, 3), not (5, 3)",
     ),
     ("--config nosuch.json", "nosuch.json", "No such file"),
-    ("--config broken.json", "broken.json is no JSON object"),
-    ("--config array.json", "array.json is no JSON object"),
-    ("--config string.json", "string.json is no JSON object"),
+    ("--config broken.json", "broken.json: Expecting"),
+    ("--config array.json", "array.json: 'list' object"),
+    ("--config string.json", "string.json: 'str' object"),
     ("--config typo.json", "typo.json: --gama is 0.9: Unexpected keyword argument"),
     ("--config nan.json", "nan.json: --gamma is nan"),
 ]

@@ -785,7 +785,7 @@ def test_a_gif_that_would_be_too_large_is_cut_and_still_whole_and_at_the_true_sp
     imageio.mimwrite(tmp_path / "a.mp4", noise, fps=50, macro_block_size=2)
     frames = {}
     for limit in (10**9, 60_000, 20_000):
-        core._write_gif(tmp_path / "a.mp4", 50, tmp_path / "a.gif", limit)
+        core._write_gif(tmp_path / "a.mp4", tmp_path / "a.gif", limit)
         assert (tmp_path / "a.gif").stat().st_size <= limit + 5000  # it notices a frame too late
         frames[limit] = imageio.mimread(tmp_path / "a.gif")
         with Image.open(tmp_path / "a.gif") as gif:
