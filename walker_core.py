@@ -83,8 +83,8 @@ def join_processes() -> int:
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         store, rank, count = next(dist.rendezvous("env://"))
-        own_store = dist.PrefixStore(restarts, store)
-        dist.init_process_group(store=own_store, rank=rank, world_size=count)
+        store = dist.PrefixStore(restarts, store)
+        dist.init_process_group(store=store, rank=rank, world_size=count)
     return int(restarts)
 
 
@@ -901,14 +901,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     TrainingError where that fails; what was there before stays.
     """
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    with writing(path):
-        try:
-            yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with writing(path), contextlib.ExitStack() as stack:
+        stack.callback(temporary.unlink, missing_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 POLICY = ("agent", "obs_normalizer")
@@ -1102,8 +1100,7 @@ def gait_state(env: gym.Env) -> dict[str, np.ndarray]:
             span[:] = min(heights), max(heights)
     pose = np.array([*hull.position, hull.angle, *hull.linearVelocity, hull.angularVelocity])
     joints = np.array([(j.angle, j.speed, j.GetMotorTorque(50)) for j in walker.joints])
-    knees = np.column_stack([knees, ground])
-    return {"hull": pose, "joints": joints, "knees": knees, "contacts": contacts}
+    return {"hull": pose, "joints": joints, "knees": np.c_[knees, ground], "contacts": contacts}
 
 
 def write_data(learner: Learner, rows: list[Row], path: Path) -> None:
@@ -1180,15 +1177,15 @@ def is_due(every: int, step: int, steps: int, total: float = math.inf) -> bool:
     return every > 0 and (step // every > (step - steps) // every or step >= total)
 
 
-def evaluate_and_rank(learner: Learner, steps: int, log: RunLog) -> Metrics:
-    """If due: the evaluation columns of an iteration of `steps`; its counters tell the best yet.
+def evaluate_and_rank(learner: Learner, steps: int, log: RunLog) -> tuple[Metrics, bool]:
+    """If due: the evaluation columns of an iteration of `steps`, and whether this is the best yet.
 
     A best mean at the threshold is confirmed on 100 fresh episodes, and the policy ranked by those:
     the highest of many means over a few episodes is high by luck.
     """
     config, counters, threshold = learner.config, learner.counters, learner.threshold
     if not is_due(config.eval_every, counters.step, steps, config.total_timesteps):
-        return {}
+        return {}, False
     best = -math.inf if counters.best_return is None else counters.best_return
     seeds = env_seeds(config.seed, EVALUATE, config.eval_episodes)
     returns, _ = evaluate(learner.act, config, seeds)
@@ -1200,21 +1197,21 @@ def evaluate_and_rank(learner: Learner, steps: int, log: RunLog) -> Metrics:
             counters.solved_step = counters.step
             counters.solved_wall_s = time.perf_counter() - learner.started
             log.say(f"solved after {counters.solved_wall_s / 60:.1f} min, by 100 fresh episodes")
-    over = f"{returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
-    if returns.mean() > best:
+    is_best = bool(returns.mean() > best)
+    if is_best:
         counters.best_return, counters.best_step = float(returns.mean()), counters.step
-        over += ", the best so far"
-    log.say(f"step {counters.step:,}: evaluation {over}")
-    return columns | {"eval_episodes": len(seeds)}
+    over = f"{returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
+    log.say(f"step {counters.step:,}: evaluation {over}{', the best so far' if is_best else ''}")
+    return columns | {"eval_episodes": len(seeds)}, is_best
 
 
-def save(learner: Learner, steps: int, iteration_s: float) -> None:
+def save(learner: Learner, steps: int, iteration_s: float, is_best: bool) -> None:
     """After an iteration of so many steps and seconds: best.pt, step_N.pt and last.pt, where due.
 
     last.pt is written where that costs under 1 % of the iteration, else at most every 10 s.
     """
     config, step, now = learner.config, learner.counters.step, time.perf_counter()
-    if learner.counters.best_step == step:
+    if is_best:
         learner.save(BEST)
     if is_due(config.checkpoint_every, step, steps):
         learner.save(LAST.replace("last", f"step_{step}"))
@@ -1311,7 +1308,7 @@ def train(config: Config, resume: str | Path | None = None, overwrite: bool = Fa
                 continue  # rank 0 evaluates, logs and saves
 
             # evaluate, if due
-            evaluation = evaluate_and_rank(learner, steps, log)
+            evaluation, is_best = evaluate_and_rank(learner, steps, log)
             ended = time.perf_counter()
             counters.wall_s = ended - learner.started
 
@@ -1322,7 +1319,7 @@ def train(config: Config, resume: str | Path | None = None, overwrite: bool = Fa
             log.row(row)
 
             # save
-            save(learner, steps, ended - began)
+            save(learner, steps, ended - began, is_best)
             if is_due(config.record_every, counters.step, steps):
                 film(learner, log, out / f"videos/step_{counters.step}.mp4")
 
