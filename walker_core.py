@@ -227,13 +227,11 @@ class Config(Checked):
 
 
 # Only what differs from the defaults above; tests/benchmarks/TUNING.md has what was tried.
-PRESETS: dict[str, dict[str, Any]] = {
-    "BipedalWalker-v3": {"total_timesteps": 3_000_000, "num_envs": 64, "minibatch_size": 2048}
-    | {"learning_rate": 1.5e-3, "gamma": 0.995, "init_std": 0.7, "update_epochs": 10}
-}
-PRESETS["BipedalWalkerHardcore-v3"] = PRESETS["BipedalWalker-v3"] | {"total_timesteps": 20_000_000}
+WALKER = {"total_timesteps": 3_000_000, "num_envs": 64, "minibatch_size": 2048}
+WALKER |= {"learning_rate": 1.5e-3, "gamma": 0.995, "init_std": 0.7, "update_epochs": 10}
 MUJOCO = {"total_timesteps": 3_000_000, "update_epochs": 10, "minibatch_size": 64}
-PRESETS |= {"HalfCheetah-v5": MUJOCO, "Walker2d-v5": MUJOCO}
+PRESETS = {"BipedalWalker-v3": WALKER, "HalfCheetah-v5": MUJOCO, "Walker2d-v5": MUJOCO}
+PRESETS["BipedalWalkerHardcore-v3"] = WALKER | {"total_timesteps": 20_000_000}
 PRESETS["Humanoid-v5"] = MUJOCO | {"total_timesteps": 10_000_000, "value_coef": 0.25}
 PRESETS["LunarLander-v3"] = {"num_envs": 16, "gamma": 0.999, "gae_lambda": 0.98, "update_epochs": 4}
 PRESETS["CarRacing-v3"] = {"update_epochs": 10, "actor_hidden": (256,), "critic_hidden": (256,)}
@@ -582,8 +580,7 @@ def collect_rollout(envs: VectorEnv, agent: ActorCritic, normalizer, rollout) ->
         raw_obs.append(torch.from_numpy(obs))
         rollout.obs[t + 1] = normalizer.normalize(obs)
         rollout.rewards[t] = torch.from_numpy(rewards)
-        endings = torch.from_numpy(terminated), torch.from_numpy(truncated)
-        rollout.terminated[t], rollout.truncated[t] = endings
+        rollout.terminated[t], rollout.truncated[t] = map(torch.from_numpy, (terminated, truncated))
 
         rollout.episode_return += rewards
         rollout.episode_length += ~rollout.ended
