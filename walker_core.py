@@ -569,7 +569,10 @@ Episodes = list[tuple[float, int]]  # raw returns, and lengths
 
 @torch.no_grad()
 def collect_rollout(envs: VectorEnv, agent: ActorCritic, normalizer, rollout) -> Episodes:
-    """Fill `rollout` with its next T steps; raw (return, length) of the episodes that ended."""
+    """Fill `rollout` with its next T steps; raw (return, length) of the episodes that ended.
+
+    The normaliser learns from what the steps returned only at the end.
+    """
     episodes, raw_obs = [], []
     rollout.obs[0] = rollout.obs[-1]
     for t in range(len(rollout.rewards)):
