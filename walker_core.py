@@ -1293,7 +1293,12 @@ def train(config: Config, resume: str | Path | None = None, overwrite: bool = Fa
             schedule_learning_rates(learner.optimizer, config, counters.step)
 
             # collect a rollout
-            episodes = collect_rollout(envs, agent, normalizer, rollout)
+            try:
+                episodes = collect_rollout(envs, agent, normalizer, rollout)
+            except EnvironmentFailure:  # up to here all is well
+                if rank == 0:
+                    learner.save(LAST)
+                raise
             collected = time.perf_counter()
 
             # compute advantages of the normalised rewards; update
