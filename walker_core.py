@@ -147,6 +147,7 @@ class Config(Checked):
     total_timesteps: PositiveInt = 1_000_000  # environment steps of the whole run
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # of networks, sampling and every environment
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where present, else cpu
+    compile: bool = False  # the update by torch.compile; on CUDA, with its graphs
     out: Name = "."  # folder in which checkpoints_walker/, videos/ and plots/ are made
     init_from: Name | None = None  # start from this checkpoint's weights and observation statistics
 
@@ -175,6 +176,7 @@ class Config(Checked):
     gae_lambda: Share = 0.95  # λ of generalised advantage estimation
     clip_eps: PositiveFloat = 0.2  # the probability ratio is clipped to 1 ± this
     clip_value_eps: PositiveFloat | None = None  # an update moves values at most so far
+    failure_reward: float = 1e9  # a termination with more is bootstrapped like a truncation
     entropy_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
     value_coef: NonNegativeFloat = 0.5  # weight of the value loss
     max_grad_norm: PositiveFloat = 0.5  # the gradient's norm is clipped to this
@@ -212,9 +214,8 @@ class Config(Checked):
 
     @property
     def num_minibatches(self) -> int:
-        """At most as many as there are transitions where every second row is a reset row."""
-        most = self.num_envs * (self.rollout_steps // 2)
-        return min(self.batch_size // self.minibatch_size, most)
+        """Never more than there are transitions where every second row is a reset row."""
+        return max(self.batch_size // max(self.minibatch_size, 3), 1)
 
     @property
     def env_options(self) -> dict[str, Any]:
@@ -227,8 +228,9 @@ class Config(Checked):
 
 
 # Only what differs from the defaults above; tests/benchmarks/TUNING.md has what was tried.
-WALKER = {"total_timesteps": 3_000_000, "num_envs": 64, "minibatch_size": 2048}
-WALKER |= {"learning_rate": 1.5e-3, "gamma": 0.995, "init_std": 0.7, "update_epochs": 10}
+WALKER = {"total_timesteps": 3_000_000, "num_envs": 64, "minibatch_size": 2048, "init_std": 0.7}
+WALKER |= {"learning_rate": 2e-3, "gamma": 0.995, "gae_lambda": 0.975, "update_epochs": 10}
+WALKER |= {"activation": "silu", "failure_reward": -100.0}
 MUJOCO = {"total_timesteps": 3_000_000, "update_epochs": 10, "minibatch_size": 64}
 PRESETS = {"BipedalWalker-v3": WALKER, "HalfCheetah-v5": MUJOCO, "Walker2d-v5": MUJOCO}
 PRESETS["BipedalWalkerHardcore-v3"] = WALKER | {"total_timesteps": 20_000_000}
@@ -279,11 +281,10 @@ class Reporting(gym.Wrapper):
 
     def __init__(self, env: gym.Env, name: str) -> None:
         super().__init__(env)
-        self.name, self.seed = name, None
+        self.name = name
 
-    def reset(self, *, seed: int | None = None, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        self.seed = self.seed if seed is None else seed
-        return self._run(self.env.reset, seed=seed, **kwargs)
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        return self._run(self.env.reset, **kwargs)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         return self._run(self.env.step, action)
@@ -294,14 +295,12 @@ class Reporting(gym.Wrapper):
     def _run(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         try:
             result = function(*args, **kwargs)
-            if isinstance(result, tuple):  # (obs, info), or (obs, reward, ...); else a picture
-                reward = result[1] if len(result) > 2 else 0.0
-                if not (math.isfinite(reward) and np.isfinite(result[0]).all()):
-                    raise ValueError("an observation or reward is not finite")
+            numbers = result[: len(result) // 2] if isinstance(result, tuple) else ()
+            if not all(np.isfinite(part).all() for part in numbers):  # obs; or obs, reward
+                raise ValueError("an observation or reward is not finite")
             return result
         except Exception as error:  # whatever a stranger's code raises
-            where = f"{self.name}, first reset with seed {self.seed}"
-            raise EnvironmentFailure(f"{where}: {error!r}") from error
+            raise EnvironmentFailure(f"{self.name}: {error!r}") from error
 
 
 def make_env(config: Config, render_mode: str | None = None, name: str = "environment") -> gym.Env:
@@ -336,7 +335,7 @@ def grey_half(image: np.ndarray) -> np.ndarray:
     return image[::2, ::2].mean(-1).astype(np.uint8)
 
 
-def _worker_env(config: Config, index: int) -> gym.Env:
+def _worker_env(config: Config, name: str) -> gym.Env:
     """An environment of a vector; in a process of its own, it ends with the main one, not before.
 
     Signals are for the main process, which ends the others; a killed one must leave no orphans.
@@ -346,7 +345,7 @@ def _worker_env(config: Config, index: int) -> gym.Env:
         if hasattr(os, "setpgid"):  # not on Windows
             os.setpgid(0, 0)
         threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
-    return make_env(config, name=f"environment {index}")
+    return make_env(config, name=name)
 
 
 def make_vector_env(config: Config, seeds: Sequence[int]) -> tuple[VectorEnv, np.ndarray]:
@@ -354,24 +353,26 @@ def make_vector_env(config: Config, seeds: Sequence[int]) -> tuple[VectorEnv, np
 
     The row after an episode's end ignores its action, has reward 0 and is no transition.
     """
+    single, first = make_env(config), {"seed": seeds}
+    names = [f"environment {i}, first reset with seed {seed}" for i, seed in enumerate(seeds)]
     if config.vector_env == "envpool":
-        shape = make_env(config).observation_space.shape
         with explained(UserError, "--vector-env envpool needs `pip install envpool`", ImportError):
             import envpool
-        if config.env not in envpool.list_all_envs() or len(shape) > 1:
+        if config.env not in envpool.list_all_envs() or not is_vector(single.observation_space):
             raise UserError(f"--vector-env envpool has no {config.env}, or no vectors: use sync")
         threads = max(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
         how = {"num_envs": config.num_envs, "seed": list(seeds), "num_threads": threads}
-        envs = envpool.make_gymnasium(config.env, **how, **config.env_options)
-        return envs, envs.reset()[0]
-    make = [lambda i=i: _worker_env(config, i) for i in range(config.num_envs)]
-    vector = SyncVectorEnv if config.vector_env == "sync" else AsyncVectorEnv
-    envs = vector(make, autoreset_mode=AutoresetMode.NEXT_STEP)
-    envs.seeds = seeds  # for reports
+        envs, first = envpool.make_gymnasium(config.env, **how, **config.env_options), {}
+    else:
+        make = [lambda name=name: _worker_env(config, name) for name in names]
+        vector = SyncVectorEnv if config.vector_env == "sync" else AsyncVectorEnv
+        envs = vector(make, autoreset_mode=AutoresetMode.NEXT_STEP)
+    envs.names = names
+    envs.restart_at = np.array(seeds) % (single.spec.max_episode_steps or sys.maxsize)
     if config.vector_env == "async":  # by themselves they would wait for ever
         envs.reset_wait = lambda limit=config.step_timeout, wait=envs.reset_wait: wait(limit)
         envs.step_wait = lambda limit=config.step_timeout, wait=envs.step_wait: wait(limit)
-    return envs, ask(envs, envs.reset, seed=seeds)[0]
+    return envs, ask(envs, envs.reset, **first)[0]
 
 
 def ask(envs: VectorEnv, function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -384,8 +385,7 @@ def ask(envs: VectorEnv, function: Callable, *args: Any, **kwargs: Any) -> Any:
         late = [not pipe.poll() for pipe in envs.parent_pipes]
         index, what = np.argmax(dead if any(dead) else late), "has died" if any(dead) else "hangs"
         close_envs(envs)
-        where = f"environment {index}, first reset with seed {envs.seeds[index]}"
-        raise EnvironmentFailure(f"{where}: its process {what}") from None
+        raise EnvironmentFailure(f"{envs.names[index]}: its process {what}") from None
 
 
 def close_envs(envs: VectorEnv) -> None:
@@ -564,16 +564,30 @@ class Rollout:
         self.discounted = torch.zeros(N)  # the reward normaliser's running return
 
 
-Episodes = list[tuple[float, int]]  # raw returns, and lengths
+def restart_some(envs: VectorEnv, normalizer: ObservationNormalizer, rollout: Rollout) -> None:
+    """Begin anew, once, each environment whose episode is as long as a random length of its own.
+
+    What learns to survive together would otherwise start, walk and end together ever after, and
+    most batches would hold no start. The cut is between rollouts, so it is bootstrapped already.
+    """
+    due = (rollout.episode_length >= envs.restart_at) & ~rollout.ended
+    if due.any():
+        obs, _ = ask(envs, envs.reset, options={"reset_mask": due})
+        obs = obs[due] if len(obs) == len(due) else obs  # EnvPool returns only those
+        rollout.obs[-1, due] = normalizer.normalize(obs).to(rollout.obs.device)
+        envs.restart_at[due] = sys.maxsize
+        for running in (rollout.episode_return, rollout.episode_length, rollout.discounted):
+            running[due] = 0
 
 
 @torch.no_grad()
-def collect_rollout(envs: VectorEnv, agent: ActorCritic, normalizer, rollout) -> Episodes:
+def collect_rollout(envs: VectorEnv, agent, normalizer, rollout) -> list[tuple[float, int]]:
     """Fill `rollout` with its next T steps; raw (return, length) of the episodes that ended.
 
     The normaliser learns from what the steps returned only at the end.
     """
     episodes, raw_obs = [], []
+    restart_some(envs, normalizer, rollout)
     rollout.obs[0] = rollout.obs[-1]
     for t in range(len(rollout.rewards)):
         rollout.valid[t] = torch.from_numpy(~rollout.ended)
@@ -630,8 +644,9 @@ class Batch(NamedTuple):
 def make_batch(rollout: Rollout, agent: ActorCritic, rewards: Tensor, config: Config) -> Batch:
     """Values in one pass, advantages and returns of `rewards` (T, N); reset rows dropped last."""
     values = agent.value(rollout.obs.flatten(0, 1)).view(len(rollout.obs), -1)  # (T + 1, N)
-    endings, discounts = (rollout.terminated, rollout.truncated), (config.gamma, config.gae_lambda)
-    advantages, returns = compute_gae(rewards, values, *endings, *discounts)
+    failed = rollout.terminated & (rollout.rewards <= config.failure_reward)
+    cut = rollout.truncated | rollout.terminated  # what ends well goes on in the value
+    advantages, returns = compute_gae(rewards, values, failed, cut, config.gamma, config.gae_lambda)
     rows = (rollout.obs[:-1], rollout.actions, rollout.logprobs, values[:-1], advantages, returns)
     batch = Batch(*(tensor[rollout.valid] for tensor in rows))
     seen = RunningMeanStd(config)
@@ -668,6 +683,12 @@ def ppo_loss(batch: Batch, logprobs, entropy, values, config: Config) -> tuple[T
     return loss, metrics.detach()
 
 
+def minibatch_loss(agent: ActorCritic, batch: Batch, config: Config) -> tuple[Tensor, Tensor]:
+    """`ppo_loss` of the networks as they are now: the part of an update that can be compiled."""
+    logprobs, entropy = agent.evaluate_actions(batch.obs, batch.actions)
+    return ppo_loss(batch, logprobs, entropy, agent.value(batch.obs), config)
+
+
 def adapt_learning_rates(optimizer: optim.Optimizer, kl: Tensor, desired_kl: float) -> None:
     """Steer the KL of an update, in place and without a sync point (rsl_rl's rule).
 
@@ -695,14 +716,13 @@ def update(agent: ActorCritic, optimizer: optim.Optimizer, batch: Batch, config:
     The rows are split into `num_minibatches` near-equal parts, so that none is tiny and every
     process has as many.
     """
-    history, groups = [], optimizer.param_groups
+    history, loss_of = [], minibatch_loss
+    if config.compile:  # rows differ in number: dynamic, or each would be compiled anew
+        loss_of = torch.compile(minibatch_loss, mode="reduce-overhead", dynamic=True)
     for _ in range(config.update_epochs):
         shuffled = torch.randperm(len(batch.obs), device=batch.obs.device)
         for rows in shuffled.tensor_split(config.num_minibatches):
-            minibatch = Batch(*(tensor[rows] for tensor in batch))
-            logprobs, entropy = agent.evaluate_actions(minibatch.obs, minibatch.actions)
-            values = agent.value(minibatch.obs)
-            loss, metrics = ppo_loss(minibatch, logprobs, entropy, values, config)
+            loss, metrics = loss_of(agent, Batch(*(tensor[rows] for tensor in batch)), config)
             optimizer.zero_grad()
             loss.backward()
             metrics = average_gradients(agent, metrics, len(rows))
@@ -716,12 +736,12 @@ def update(agent: ActorCritic, optimizer: optim.Optimizer, batch: Batch, config:
             break  # the test is a sync point, once an epoch
     averages = torch.stack(history).mean(0).tolist()  # sync point, once an update
     residual = (batch.returns - batch.values).var(correction=0)
+    rate = optimizer.param_groups[0]["lr"]
     share = 1 - residual / (batch.returns.var(correction=0) + 1e-8)
     columns = dict(zip((*LOSS_METRICS, "grad_norm"), averages, strict=True))
-    columns |= {"explained_variance": float(share), "learning_rate": float(groups[0]["lr"])}
+    columns |= {"explained_variance": float(share), "learning_rate": float(rate)}
     if not agent.discrete:
-        with torch.no_grad():
-            columns["action_std"] = float(agent.distribution(batch.obs).stddev.mean())
+        columns["action_std"] = agent.distribution(batch.obs).stddev.mean().item()
     return columns
 
 
@@ -749,7 +769,8 @@ def play(act: Act, config: Config, seeds, together=1, render=None) -> Iterator[t
     while waiting or running:
         while waiting and len(running) < together:
             k, seed = waiting.pop()
-            env = make_env(config, render)  # a new one: a Box2D world keeps traces of the last
+            # a new environment, as a Box2D world keeps traces of the last episode
+            env = make_env(config, render, f"environment, first reset with seed {seed}")
             running[k] = env, env.reset(seed=seed)[0]
         actions = act(np.stack([obs for _, obs in running.values()]))
         for (k, (env, obs)), action in zip(list(running.items()), actions, strict=True):
@@ -793,7 +814,6 @@ class Counters(Checked):
     iteration: NonNegativeInt
     wall_s: NonNegativeFloat
     best_return: float | None = None
-    best_step: NonNegativeInt | None = None
     solved_step: NonNegativeInt | None = None
     solved_wall_s: NonNegativeFloat | None = None
 
@@ -1141,8 +1161,8 @@ class StopSignals(contextlib.ExitStack):
 # ==== 10. Train ===================================================================================
 
 # What --resume may change: nothing that the learner sees.
-RESUMABLE = """total_timesteps device vector_env step_timeout out
-eval_every eval_episodes checkpoint_every record_every tensorboard stop_when_solved""".split()
+RESUMABLE = """total_timesteps device compile vector_env step_timeout out eval_every
+eval_episodes checkpoint_every record_every tensorboard stop_when_solved""".split()
 
 
 def prepare_learner(config: Config, resume: str | Path | None) -> Learner:
@@ -1161,7 +1181,7 @@ def prepare_learner(config: Config, resume: str | Path | None) -> Learner:
                 raise UserError(f"--{flag} is {new!r}, but {resume} was trained with {old!r}")
         best = Path(config.out, BEST)  # it may be newer than the checkpoint, or missing
         counters = load_checkpoint(best, config.env)["counters"] if best.exists() else {}
-        state["counters"] |= {name: counters.get(name) for name in ("best_return", "best_step")}
+        state["counters"]["best_return"] = counters.get("best_return")
         learner.load(state, resume, LEARNED)
         learner.started -= learner.counters.wall_s
     elif config.init_from is not None:
@@ -1199,7 +1219,7 @@ def evaluate_and_rank(learner: Learner, steps: int, log: RunLog) -> tuple[Metric
             log.say(f"solved after {counters.solved_wall_s / 60:.1f} min, by 100 fresh episodes")
     is_best = bool(returns.mean() > best)
     if is_best:
-        counters.best_return, counters.best_step = float(returns.mean()), counters.step
+        counters.best_return = float(returns.mean())
     over = f"{returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
     log.say(f"step {counters.step:,}: evaluation {over}{', the best so far' if is_best else ''}")
     return columns | {"eval_episodes": len(seeds)}, is_best
@@ -1227,7 +1247,7 @@ def check_finite(values: Metrics, counters: Counters) -> None:
         raise TrainingError(f"{where}: try a lower --learning-rate; last.pt is from before it")
 
 
-def episode_columns(episodes: Episodes) -> Metrics:
+def episode_columns(episodes: Sequence[tuple[float, int]]) -> Metrics:
     """Raw returns and lengths of the episodes that ended in an iteration."""
     columns: Metrics = {"episodes": len(episodes)}
     for name, all_ in zip(("return", "length"), zip(*episodes, strict=True), strict=False):
@@ -1293,12 +1313,7 @@ def train(config: Config, resume: str | Path | None = None, overwrite: bool = Fa
             schedule_learning_rates(learner.optimizer, config, counters.step)
 
             # collect a rollout
-            try:
-                episodes = collect_rollout(envs, agent, normalizer, rollout)
-            except EnvironmentFailure:  # up to here all is well
-                if rank == 0:
-                    learner.save(LAST)
-                raise
+            episodes = collect_rollout(envs, agent, normalizer, rollout)
             collected = time.perf_counter()
 
             # compute advantages of the normalised rewards; update

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -148,6 +149,31 @@ def test_a_batch_holds_the_valid_rows_and_their_advantages_by_the_slow_loop():
     torch.testing.assert_close(batch.values, values[:-1][valid])
     np.testing.assert_allclose(batch.returns, raw + batch.values.numpy(), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(batch.advantages, (raw - raw.mean()) / raw.std(), atol=1e-5)
+
+
+def test_a_termination_that_pays_more_than_a_failure_is_bootstrapped_like_a_truncation():
+    """By the reward as the environment gave it, whatever it was scaled to."""
+    collection, buffer, config = collected(gamma=0.9, gae_lambda=0.7)
+    valid, agent = buffer.valid, collection.learner.agent
+    paid = sorted(buffer.rewards[buffer.terminated].tolist())
+    bound = paid[0]
+    failed = buffer.terminated & (buffer.rewards <= bound)
+    assert bound < paid[-1]
+    config = dataclasses.replace(config, failure_reward=bound)
+    batch = core.make_batch(buffer, agent, buffer.rewards - 50, config)
+    cut = buffer.truncated | (buffer.terminated & ~failed)
+    values = agent.value(buffer.obs).detach()
+    tensors = (buffer.rewards - 50, values, failed, cut, valid)
+    raw = slow_gae(*(tensor.numpy() for tensor in tensors), 0.9, 0.7)[valid.numpy()]
+    np.testing.assert_allclose(batch.returns, raw + batch.values.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_fall_of_the_walker_is_the_failure_of_its_preset():
+    config = core.Config.for_env("BipedalWalker-v3")
+    seeds = core.env_seeds(1, core.TEST, 5)
+    *_, (_, last) = core.play(lambda obs: np.ones((len(obs), 4), np.float32), config, seeds)
+    assert last["terminated"]
+    assert last["rewards"] == config.failure_reward == -100
 
 
 def test_advantages_have_mean_zero_and_std_one_over_the_valid_rows():

@@ -27,6 +27,7 @@ TYPED = {
     "total_timesteps": ("4321", 4321),
     "seed": ("77", 77),
     "device": ("cpu", "cpu"),
+    "compile": (None, True),
     "out": ("somewhere", "somewhere"),
     "init_from": ("other.pt", "other.pt"),
     "vector_env": ("async", "async"),
@@ -52,6 +53,7 @@ TYPED = {
     "gae_lambda": ("0.8", 0.8),
     "clip_eps": ("0.15", 0.15),
     "clip_value_eps": ("0.3", 0.3),
+    "failure_reward": ("-50", -50.0),
     "entropy_coef": ("0.001", 0.001),
     "value_coef": ("0.25", 0.25),
     "max_grad_norm": ("2", 2.0),
@@ -67,7 +69,7 @@ TYPED = {
 }
 # What --resume may change: total timesteps, device, vector backend, cadences, logging.
 RESUMABLE = {
-    *("total_timesteps", "device", "vector_env", "eval_every", "eval_episodes"),
+    *("total_timesteps", "device", "compile", "vector_env", "eval_every", "eval_episodes"),
     *("checkpoint_every", "stop_when_solved", "out", "step_timeout", "record_every", "tensorboard"),
 }
 RESULT = re.compile(

@@ -60,7 +60,7 @@ def test_a_best_that_is_newer_than_the_last_stays_until_a_better_one(trainings, 
     before_last = Fault("row", ROW[0], 3)  # the best is of iteration 2, the last of 0
     assert trainings.run(out, *typed, fault=before_last, scores=[5.0]) == -9
     best = (out / core.BEST).read_bytes()
-    assert checkpoint(out / core.BEST)["best_step"] == 2 * BATCH
+    assert checkpoint(out / core.BEST)["step"] == 2 * BATCH
     assert checkpoint(out / core.LAST)["step"] == 0
 
     before_last = Fault("row", ROW[0], 6)  # after three evaluations

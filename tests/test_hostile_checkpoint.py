@@ -429,8 +429,7 @@ def changes() -> Iterator[tuple[str, tuple, Any]]:
         for value in ("x", -3, NAN, torch.zeros(3), [1]):
             yield "resume", ("counters", name), value
     for value in ("x", NAN, [1.0]):
-        for name in ("best_return", "best_step"):  # those of best.pt count
-            yield "", ("counters", name), value
+        yield "", ("counters", "best_return"), value  # best.pt's counts
     for value in (1.5, None, True, -(10**30)):  # one that might be right is another checkpoint
         yield "resume", ("counters", "step"), value
         yield "resume", ("counters", "iteration"), value

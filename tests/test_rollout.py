@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 
 import numpy as np
@@ -162,6 +163,72 @@ def test_an_async_rollout_is_the_sync_one_to_the_bit():
     for one, two in zip(sync, other, strict=True):
         for name, values in vars(one).items():
             assert np.array_equal(values, getattr(two, name)), name
+
+
+# ---- restarts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["sync", "async"])
+def test_each_environment_begins_anew_once_where_its_episode_has_the_length_of_its_own(backend):
+    config = toy_envs.script_config((100,), vector_env=backend, gamma=0.9)
+    collection = toy_envs.Collection(config, restart_at=[0, 7, 10, 10**9])
+    begins = [0, 7, 14, 35]  # rows of the second episodes: the first border past each length
+    buffers = []
+    for _ in range(5):
+        buffers.append(collection.rollout())
+        collection.rewards(buffers[-1])
+        assert buffers[-1].valid.all()  # a restart is no row
+        assert not collection.episodes  # and what was cut no episode
+    collection.envs.close()
+    for tag, begin in enumerate(begins):
+        rows = [(0, t) for t in range(begin)] + [(1, t) for t in range(35 - begin)]
+        found = torch.cat([buffer.obs[:-1, tag, 1:3] for buffer in buffers])  # (episode, its step)
+        np.testing.assert_array_equal(found, rows)
+        paid = [toy_envs.pay(tag, *row) for row in rows]
+        np.testing.assert_array_equal(joined(buffers, "rewards")[:, tag], paid)
+        paid = paid[begin:] or paid
+        assert collection.buffer.episode_length[tag] == len(paid)
+        assert collection.buffer.episode_return[tag] == sum(paid)
+        running = sum(0.9**j * reward for j, reward in enumerate(reversed(paid)))
+        np.testing.assert_allclose(collection.buffer.discounted[tag], running, rtol=1e-6)
+    assert buffers[0].obs[-1, 1, 1:3].tolist() == [0, 7]  # what the cut is bootstrapped from
+
+
+def test_a_restart_leaves_alone_what_is_about_to_be_reset():
+    collection = toy_envs.Collection(toy_envs.script_config((7, 7)), restart_at=10**9)
+    collection.rollout()
+    assert collection.buffer.ended.all()
+    collection.envs.restart_at[:] = 0
+    buffer = collection.rollout()
+    assert buffer.valid.tolist() == [[False] * 4] + [[True] * 4] * 6
+    assert buffer.obs[:, 0, 1:3].tolist() == [[0, 7], [1, 0], *([1, k] for k in range(1, 7))]
+
+
+@pytest.mark.parametrize("backend", ["sync", "async", "envpool"])
+def test_a_restarted_walker_stands_at_the_start_and_no_other_moves(backend):
+    if backend == "envpool":
+        pytest.importorskip("envpool")
+    settings = {"num_envs": 3, "rollout_steps": 12, "minibatch_size": 4, "norm_obs": False}
+    config = core.Config(vector_env=backend, **settings)
+    collection = toy_envs.Collection(config, restart_at=[10**9, 5, 10**9])
+    before, after = collection.rollout(), collection.rollout()
+    core.close_envs(collection.envs)
+    assert torch.equal(after.obs[0, ::2], before.obs[-1, ::2])
+    at_start = (before.obs[0, :, 4:14] - after.obs[0, :, 4:14]).abs().amax(1) < 0.05  # legs
+    assert at_start.tolist() == [False, True, False]
+    assert collection.buffer.episode_length[1] == 12
+
+
+def test_the_lengths_of_restarts_differ_and_end_before_the_time_limit():
+    for backend in ("sync", "envpool") if importlib.util.find_spec("envpool") else ("sync",):
+        config = core.Config(num_envs=64, vector_env=backend)
+        envs, _ = core.make_vector_env(config, core.env_seeds(1, core.TRAIN, 64))
+        envs.close()
+        assert len(set(envs.restart_at)) > 55
+        assert 0 <= envs.restart_at.min() < 200 < 1400 < envs.restart_at.max() < 1600
+    endless = core.Config(**vars(toy_envs.script_config((3,))) | {"num_envs": 4})
+    envs, _ = core.make_vector_env(endless, core.env_seeds(1, core.TRAIN, 4))
+    assert envs.restart_at.min() > 10**6
 
 
 def test_a_reset_row_of_the_real_walker_is_no_transition():

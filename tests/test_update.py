@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ THREE = Box(-np.inf, np.inf, (3,), np.float32)
 TWO = Box(-1, 1, (2,), np.float32)
 
 METRICS = (*core.LOSS_METRICS, "grad_norm")
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")
 
 
 def numbered(rows: int) -> torch.Tensor:
@@ -340,6 +342,25 @@ def test_the_action_std_that_is_logged_is_the_policys_now():
     std = np.log1p(np.exp(agent.raw_std.detach().numpy())).mean()
     np.testing.assert_allclose(found["action_std"], std, rtol=1e-6)
     assert abs(std - 1) > 1e-4
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_a_compiled_update_is_the_eager_one(device):
+    found = []
+    for compiled in (False, True):
+        agent, optimizer, config = make(learning_rate=0.1, compile=compiled)
+        agent = core.ActorCritic.to(agent, device)
+        agent.__class__ = core.ActorCritic  # a spy's notes cannot be compiled
+        batch = core.Batch(*(tensor.to(device) for tensor in random_batch()))
+        torch.manual_seed(2)
+        for rows in (48, 41, 37):  # other numbers of valid rows
+            part = core.Batch(*(tensor[:rows] for tensor in batch))
+            metrics = core.update(agent, optimizer, part, config)
+        found.append((flat(agent).cpu(), metrics))
+    (eager, said), (compiled, also) = found
+    torch.testing.assert_close(eager, compiled, rtol=1e-4, atol=1e-5)
+    assert also == pytest.approx(said, rel=1e-3, abs=1e-5)
 
 
 def test_an_update_moves_every_parameter_and_improves_both_losses_on_the_batch():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -225,10 +226,11 @@ def script_config(lengths: tuple[int, ...], **settings: Any) -> core.Config:
 class Collection:
     """Everything `collect_rollout` needs, made from a config; env i is reset with seed i."""
 
-    def __init__(self, config: core.Config) -> None:
+    def __init__(self, config: core.Config, restart_at=None) -> None:
         self.learner = core.Learner(config)
         seeds = range(config.num_envs)
         self.envs, self.first_obs = core.make_vector_env(config, seeds)
+        self.envs.restart_at[:] = sys.maxsize if restart_at is None else restart_at  # none is cut
         self.normalizer = self.learner.obs_normalizer
         first_obs = self.normalizer.normalize(self.first_obs)
         self.buffer = core.Rollout(config, first_obs, self.learner.spaces[1])

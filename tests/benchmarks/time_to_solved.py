@@ -45,9 +45,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import walker_core as core
 
 ENV, THRESHOLD = "BipedalWalker-v3", 300
-LOOK_EVERY = core.Config.for_env(
-    ENV
-).eval_every  # steps; for TQC, which learns from fewer, a quarter
+LOOK_EVERY = core.Config.for_env(ENV).eval_every  # steps; a quarter for TQC, which needs fewer
 TABLE = Path(__file__).with_suffix(".csv")
 PICTURE = Path(__file__).parents[2] / "plots/pretrained_time_to_solved.png"
 COLUMNS = "trainer,seed,step,train_s,eval_s,return_mean,confirmed_mean,rss_mb".split(",")
