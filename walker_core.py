@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import gc
 import importlib.util
 import io
 import itertools
@@ -576,8 +577,7 @@ def restart_some(envs: VectorEnv, normalizer: ObservationNormalizer, rollout: Ro
         obs = obs[due] if len(obs) == len(due) else obs  # EnvPool returns only those
         rollout.obs[-1, due] = normalizer.normalize(obs).to(rollout.obs.device)
         envs.restart_at[due] = sys.maxsize
-        for running in (rollout.episode_return, rollout.episode_length, rollout.discounted):
-            running[due] = 0
+        rollout.episode_return[due] = rollout.episode_length[due] = rollout.discounted[due] = 0
 
 
 @torch.no_grad()
@@ -792,6 +792,7 @@ def evaluate(act: Act, config: Config, seeds: Sequence[int], together: int = 16)
     totals = np.zeros((2, len(seeds)))  # returns, lengths
     for _, row in play(act, config, seeds, together):
         totals[:, row["episode"]] += row["rewards"], 1
+    gc.collect()  # Box2D's worlds hang in cycles, 300 KB each
     return totals
 
 
@@ -1365,6 +1366,5 @@ def load_learner(checkpoint: str, env: str | None, seed: int, device: str, out: 
 def show(act: Act, config: Config, seeds: Sequence[int], seconds: float) -> None:
     """Play episodes in a window for `seconds` of simulated time, one after another."""
     steps = math.ceil(seconds * make_env(config).metadata.get("render_fps", 30))
-    for env, _ in itertools.islice(play(act, config, seeds, 1, "human"), steps):  # noqa: B007
-        pass  # the window shows each step by itself
+    *_, (env, _) = itertools.islice(play(act, config, seeds, 1, "human"), steps)
     env.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import random
 
@@ -143,6 +144,21 @@ def test_training_goes_on_to_the_bit_as_if_no_evaluation_had_been():
         rollouts.append(vars(collection.rollout()))
     for name, values in rollouts[0].items():
         assert np.array_equal(values, rollouts[1][name]), name
+
+
+def test_an_evaluation_leaves_no_worlds_behind():
+    """Walkers hang in reference cycles, and would otherwise pile up between two collections."""
+
+    def walkers() -> int:
+        return sum(type(thing).__name__ == "BipedalWalker" for thing in gc.get_objects())
+
+    config = core.Config(env_kwargs=("max_episode_steps=3",))
+    before = walkers()
+    gc.disable()
+    core.evaluate(lambda obs: np.zeros((len(obs), 4), np.float32), config, SEEDS[:20])
+    left = walkers()
+    gc.enable()
+    assert left <= before
 
 
 def test_play_shows_what_each_step_of_each_episode_led_to_in_turn():
