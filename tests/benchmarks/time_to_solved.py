@@ -49,7 +49,8 @@ LOOK_EVERY = core.Config.for_env(ENV).eval_every  # steps; a quarter for TQC, wh
 TABLE = Path(__file__).with_suffix(".csv")
 PICTURE = Path(__file__).parents[2] / "plots/pretrained_time_to_solved.png"
 COLUMNS = "trainer,seed,step,train_s,eval_s,return_mean,confirmed_mean,rss_mb".split(",")
-OURS = {"envpool": ["--vector-env", "envpool"], "sync": [], "sync-2": []}
+OURS = {"envpool": ["--vector-env", "envpool"], "sync": []}
+OURS["sync-2"] = "--num-envs 32 --minibatch-size 1024".split()  # each; together as many as one has
 PACKAGES = {"sb3-ppo": "stable-baselines3", "sbx-ppo": "sbx-rl", "sb3-tqc": "sb3-contrib"}
 
 
@@ -297,6 +298,10 @@ def draw(runs: dict[str, dict[int, list[dict[str, float]]]]) -> None:
                 axes.plot(minutes[-1], rows[-1]["confirmed_mean"], "o", color=f"C{i}")
     axes.axhline(THRESHOLD, color="0.5", lw=1, ls="--")
     axes.set(xscale="log", xlabel="minutes of training, evaluation excluded (log scale)")
+    ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50]
+    inside = [tick for tick in ticks if axes.get_xlim()[0] < tick < axes.get_xlim()[1]]
+    axes.set_xticks(inside, [f"{tick:g}" for tick in inside])
+    axes.set_xticks([], minor=True)
     axes.set(ylabel="return, mean of 10 deterministic episodes")
     axes.set_title("BipedalWalker-v3 on two cores; a dot where 100 fresh episodes confirmed 300")
     axes.legend(frameon=False)
