@@ -282,7 +282,8 @@ def draw(runs: dict[str, dict[int, list[dict[str, float]]]]) -> None:
 
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     names = {"envpool": "this trainer, EnvPool", "sync": "this trainer, SyncVectorEnv"}
-    names |= {"sync-2": "this trainer, SyncVectorEnv, 2 processes", "cleanrl": "CleanRL PPO"}
+    names |= {"sync-2": "this trainer, 2 processes", "cleanrl": "CleanRL PPO"}
+    names |= {"sync-2x64": "this trainer, 2 processes, with twice the environments"}
     names |= {
         "sb3-ppo": "Stable-Baselines3 PPO",
         "sbx-ppo": "SBX PPO",
