@@ -67,6 +67,7 @@ class Pair:
         New environments each time: Box2D's worlds are not quite the same after another life.
         """
         envs, obs = core.make_vector_env(self.config, self.seeds)
+        envs.restart_at[:] = sys.maxsize  # the bare ones cannot know of restarts
         torch.manual_seed(0)
         normalizer = copy.deepcopy(self.learner.obs_normalizer)
         first_obs = normalizer.normalize(obs)
