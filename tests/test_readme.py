@@ -63,7 +63,7 @@ def test_every_flag_of_the_readme_is_one():
 def test_every_file_of_the_readme_is_there():
     named = set(re.findall(r"\]\(([^)#]+)\)", TEXT))
     named |= {span for span in SPANS if re.fullmatch(r"[\w./-]*(pretrained[\w.]*|\.py|\.md)", span)}
-    named -= {"mujoco.py"}
+    named -= {"mujoco.py", "ppo_continuous_action.py"}  # not ours
     missing = [name for name in named if not (ROOT / name).exists() and "://" not in name]
     assert len(named) > 8
     assert not missing

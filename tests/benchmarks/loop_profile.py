@@ -120,6 +120,7 @@ def main() -> None:
     for env in getattr(envs, "envs", ()):
         time_inside(env)
         time_calls(env, "step", "wrapped steps")
+        env.reset()  # in a timed world
     time_calls(agent, "evaluate_actions", "forward: policy")
     time_calls(core, "ppo_loss", "forward: loss")
     time_calls(torch.Tensor, "backward", "backward")

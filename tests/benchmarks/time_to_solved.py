@@ -51,6 +51,9 @@ PICTURE = Path(__file__).parents[2] / "plots/pretrained_time_to_solved.png"
 COLUMNS = "trainer,seed,step,train_s,eval_s,return_mean,confirmed_mean,rss_mb".split(",")
 OURS = {"envpool": ["--vector-env", "envpool"], "sync": []}
 OURS["sync-2"] = "--num-envs 32 --minibatch-size 1024".split()  # each; together as many as one has
+OURS["envpool-2"] = [*OURS["envpool"], *OURS["sync-2"]]
+SHORT = "--vector-env envpool --rollout-steps 128 --total-timesteps 1600000"
+OURS["envpool-short"] = SHORT.split()  # fewer steps to 300, less sure
 PACKAGES = {"sb3-ppo": "stable-baselines3", "sbx-ppo": "sbx-rl", "sb3-tqc": "sb3-contrib"}
 
 
@@ -117,7 +120,7 @@ def run_ours(trainer: str, seed: int, limit_s: float) -> None:
     with tempfile.TemporaryDirectory() as out:
         walker = [str(Path(core.__file__).with_name("walker.py")), *OURS[trainer]]
         how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [sys.executable, *(how if trainer == "sync-2" else []), *walker]
+        command = [sys.executable, *(how if trainer.endswith("-2") else []), *walker]
         command += ["--seed", str(seed), "--stop-when-solved", "--out", out]
         began, memory = time.perf_counter(), []  # seconds, MB of all processes
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
@@ -283,20 +286,23 @@ def draw(runs: dict[str, dict[int, list[dict[str, float]]]]) -> None:
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     names = {"envpool": "this trainer, EnvPool", "sync": "this trainer, SyncVectorEnv"}
     names |= {"sync-2": "this trainer, 2 processes", "cleanrl": "CleanRL PPO"}
-    names |= {"sync-2x64": "this trainer, 2 processes, with twice the environments"}
-    names |= {
-        "sb3-ppo": "Stable-Baselines3 PPO",
-        "sbx-ppo": "SBX PPO",
-        "sb3-tqc": "sb3-contrib TQC",
-    }
-    for i, (trainer, seeds) in enumerate(runs.items()):
-        for k, rows in enumerate(seeds.values()):
+    names |= {"envpool-2": "this trainer, EnvPool, 2 processes"}
+    names |= {"sb3-ppo": "Stable-Baselines3 PPO", "sbx-ppo": "SBX PPO"}
+    names |= {"sb3-tqc": "sb3-contrib TQC"}
+    for color, (trainer, label) in zip(plt.color_sequences["tab10"], names.items(), strict=False):
+        curves = []
+        for rows in runs.get(trainer, {}).values():
             minutes = [row["train_s"] / 60 for row in rows]
-            returns = [row["return_mean"] for row in rows]
-            label = names.get(trainer, trainer) if k == 0 else None
-            axes.plot(minutes, returns, color=f"C{i}", alpha=0.8, label=label)
+            curves.append((minutes, [row["return_mean"] for row in rows]))
             if rows[-1]["confirmed_mean"] >= THRESHOLD:
-                axes.plot(minutes[-1], rows[-1]["confirmed_mean"], "o", color=f"C{i}")
+                axes.plot(minutes[-1], rows[-1]["confirmed_mean"], "o", color=color)
+        if curves:  # a run that is over keeps its last return, so that no seed drops out
+            ends = [(x[0], x[-1]) for x, _ in curves]
+            grid = np.geomspace(max(ends)[0], max(end for _, end in ends), 200)
+            values = np.stack([np.interp(grid, x, y) for x, y in curves])
+            axes.fill_between(grid, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
+            label = f"{label} ({len(curves)})"
+            axes.plot(grid, np.median(values, axis=0), color=color, lw=2, label=label)
     axes.axhline(THRESHOLD, color="0.5", lw=1, ls="--")
     axes.set(xscale="log", xlabel="minutes of training, evaluation excluded (log scale)")
     ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50]
@@ -304,7 +310,9 @@ def draw(runs: dict[str, dict[int, list[dict[str, float]]]]) -> None:
     axes.set_xticks(inside, [f"{tick:g}" for tick in inside])
     axes.set_xticks([], minor=True)
     axes.set(ylabel="return, mean of 10 deterministic episodes")
-    axes.set_title("BipedalWalker-v3 on two cores; a dot where 100 fresh episodes confirmed 300")
+    axes.set_title(
+        "BipedalWalker-v3, two cores: median and range of seeds, a dot where one is solved"
+    )
     axes.legend(frameon=False)
     figure.savefig(PICTURE, dpi=110)
     print(PICTURE)
