@@ -1,8 +1,8 @@
 """Time to solved, side by side: this trainer and those that one could install instead.
 
     python tests/benchmarks/time_to_solved.py envpool sync --seeds 11 12 13 14 15
-    python tests/benchmarks/time_to_solved.py sb3-ppo sbx-ppo sb3-tqc --seeds 1 2 --limit 24
-    python tests/benchmarks/time_to_solved.py cleanrl --cleanrl FILE --seeds 1 --limit 24
+    python tests/benchmarks/time_to_solved.py sb3-ppo sbx-ppo sb3-tqc --seeds 1 2 --limit 14.6
+    python tests/benchmarks/time_to_solved.py cleanrl --cleanrl FILE --seeds 1 --limit 14.6
     python tests/benchmarks/time_to_solved.py --report
 
 Every trainer is judged by the same evaluator and rule: BipedalWalker-v3 of Gymnasium, a
@@ -297,8 +297,8 @@ def draw(runs: dict[str, dict[int, list[dict[str, float]]]]) -> None:
             if rows[-1]["confirmed_mean"] >= THRESHOLD:
                 axes.plot(minutes[-1], rows[-1]["confirmed_mean"], "o", color=color)
         if curves:  # a run that is over keeps its last return, so that no seed drops out
-            ends = [(x[0], x[-1]) for x, _ in curves]
-            grid = np.geomspace(max(ends)[0], max(end for _, end in ends), 200)
+            first, last = (max(x[i] for x, _ in curves) for i in (0, -1))
+            grid = np.geomspace(first, last, 200)
             values = np.stack([np.interp(grid, x, y) for x, y in curves])
             axes.fill_between(grid, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
             label = f"{label} ({len(curves)})"
