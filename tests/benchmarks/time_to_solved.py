@@ -52,8 +52,6 @@ COLUMNS = "trainer,seed,step,train_s,eval_s,return_mean,confirmed_mean,rss_mb".s
 OURS = {"envpool": ["--vector-env", "envpool"], "sync": []}
 OURS["sync-2"] = "--num-envs 32 --minibatch-size 1024".split()  # each; together as many as one has
 OURS["envpool-2"] = [*OURS["envpool"], *OURS["sync-2"]]
-SHORT = "--vector-env envpool --rollout-steps 128 --total-timesteps 1600000"
-OURS["envpool-short"] = SHORT.split()  # fewer steps to 300, less sure
 PACKAGES = {"sb3-ppo": "stable-baselines3", "sbx-ppo": "sbx-rl", "sb3-tqc": "sb3-contrib"}
 
 
