@@ -164,7 +164,7 @@ class Config(Checked):
 
     actor_hidden: Sizes = (64, 64)  # layer sizes of the policy
     critic_hidden: Sizes = (64, 64)  # and of the value function
-    activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"  # of the hidden layers
+    activation: Literal["tanh", "relu", "elu", "silu"] = "silu"  # of the hidden layers
     layer_norm: bool = False  # LayerNorm before each activation
     mean_activation: Literal["none", "tanh"] = "none"  # tanh: mean actions stay within ±1
     init_std: Annotated[float, Field(ge=0.001, le=10)] = 1.0  # initial std of the actions
@@ -230,15 +230,16 @@ class Config(Checked):
 
 
 # Only what differs from the defaults above; tests/benchmarks/TUNING.md has what was tried.
-WALKER = {"total_timesteps": 3_000_000, "num_envs": 64, "minibatch_size": 2048, "init_std": 0.7}
-WALKER |= {"learning_rate": 2e-3, "gamma": 0.995, "gae_lambda": 0.975, "update_epochs": 10}
-WALKER |= {"activation": "silu", "failure_reward": -100.0}
-MUJOCO = {"total_timesteps": 3_000_000, "update_epochs": 10, "minibatch_size": 64}
-PRESETS = {"BipedalWalker-v3": WALKER, "HalfCheetah-v5": MUJOCO, "Walker2d-v5": MUJOCO}
-PRESETS["BipedalWalkerHardcore-v3"] = WALKER | {"total_timesteps": 20_000_000}
-PRESETS["Humanoid-v5"] = MUJOCO | {"total_timesteps": 10_000_000, "value_coef": 0.25}
-PRESETS["LunarLander-v3"] = {"num_envs": 16, "gamma": 0.999, "gae_lambda": 0.98, "update_epochs": 4}
-PRESETS["CarRacing-v3"] = {"update_epochs": 10, "actor_hidden": (256,), "critic_hidden": (256,)}
+FLAT = dict(total_timesteps=3_000_000, num_envs=64, minibatch_size=2048, failure_reward=-100.0)
+HARD = FLAT | dict(total_timesteps=20_000_000, rollout_steps=128, clip_reward=(-1.0, 10.0))
+HARD |= dict(lr_schedule="adaptive", learning_rate=1e-3, entropy_coef=0.006, max_grad_norm=5.0)
+FLAT |= dict(learning_rate=2e-3, gamma=0.995, gae_lambda=0.975, init_std=0.7, update_epochs=10)
+MUJOCO = dict(update_epochs=10, minibatch_size=64, init_std=0.5, max_grad_norm=1.0)
+PRESETS = {"BipedalWalker-v3": FLAT, "BipedalWalkerHardcore-v3": HARD, "Walker2d-v5": MUJOCO}
+PRESETS["HalfCheetah-v5"] = MUJOCO | dict(gamma=0.98, gae_lambda=0.92, init_std=0.4)
+PRESETS["Humanoid-v5"] = MUJOCO | dict(total_timesteps=10_000_000, init_std=0.4)
+PRESETS["LunarLander-v3"] = dict(num_envs=16, gamma=0.999, gae_lambda=0.98, learning_rate=1e-3)
+PRESETS["CarRacing-v3"] = dict(update_epochs=10, actor_hidden=(256,), critic_hidden=(256,))
 
 
 def plain_settings(config: Config) -> dict[str, Any]:
@@ -736,11 +737,11 @@ def update(agent: ActorCritic, optimizer: optim.Optimizer, batch: Batch, config:
         if config.target_kl is not None and epoch[:, 3].mean() > 1.5 * config.target_kl:
             break  # the test is a sync point, once an epoch
     averages = torch.stack(history).mean(0).tolist()  # sync point, once an update
-    residual = (batch.returns - batch.values).var(correction=0)
-    rate = optimizer.param_groups[0]["lr"]
-    share = 1 - residual / (batch.returns.var(correction=0) + 1e-8)
     columns = dict(zip((*LOSS_METRICS, "grad_norm"), averages, strict=True))
-    columns |= {"explained_variance": float(share), "learning_rate": float(rate)}
+    columns["learning_rate"] = optimizer.param_groups[0]["lr"].item()
+    residual = (batch.returns - batch.values).var(correction=0)
+    share = 1 - residual / (batch.returns.var(correction=0) + 1e-8)
+    columns["explained_variance"] = share.item()
     if not agent.discrete:
         columns["action_std"] = agent.distribution(batch.obs).stddev.mean().item()
     return columns
@@ -974,10 +975,9 @@ return_min return_max length_mean length_min length_max eval_return_mean eval_re
 eval_episodes policy_loss value_loss entropy approx_kl clip_fraction explained_variance action_std
 grad_norm learning_rate""".split()
 
-BEST, LAST = "checkpoints_walker/best.pt", "checkpoints_walker/last.pt"
-METRICS, CONFIG = "checkpoints_walker/metrics.csv", "checkpoints_walker/config.json"
+NAMES = "best.pt last.pt metrics.csv config.json tensorboard".split()
+BEST, LAST, METRICS, CONFIG, BOARD = (f"checkpoints_walker/{name}" for name in NAMES)
 FILM, CURVES = "videos/walker_final.mp4", "plots/training_curves.png"
-BOARD = "checkpoints_walker/tensorboard"
 # All that a run writes below --out, and what one that was killed leaves.
 WRITTEN = f"""{BEST} {LAST} {METRICS} {CONFIG} {BOARD}/events.* {FILM} videos/*_final.gif {CURVES}
 checkpoints_walker/step_[0-9]*.pt videos/step_[0-9]*.mp4 videos/step_[0-9]*.gif""".split()

@@ -105,7 +105,7 @@ def test_two_convolutions_stand_before_the_layers_and_are_orthogonal():
     for net, outputs in ((agent.actor, 3), (agent.critic, 1)):
         kinds = [type(layer) for layer in net]
         assert kinds[:5] == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Flatten]
-        assert kinds[5:] == [nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
+        assert kinds[5:] == [nn.Linear, nn.SiLU, nn.Linear, nn.SiLU, nn.Linear]
         assert net[-1].out_features == outputs
         for layer in (net[0], net[2]):
             rows = layer.weight.detach().flatten(1)

@@ -56,7 +56,10 @@ def test_the_networks_are_their_layers_applied_in_order_with_the_activation(name
 
 
 def test_layer_norm_stands_before_each_activation_where_asked_for():
-    agent, obs = network(layer_norm=True, actor_hidden=(4, 3)), torch.randn(9, 6)
+    agent, obs = (
+        network(layer_norm=True, activation="tanh", actor_hidden=(4, 3)),
+        torch.randn(9, 6),
+    )
 
     def normal(x):
         return (x - x.mean(-1, keepdim=True)) / (

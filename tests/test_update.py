@@ -252,7 +252,7 @@ def test_an_update_is_one_clipped_gradient_step_for_each_minibatch():
 
 def test_target_kl_ends_the_update_after_the_first_epoch_past_one_and_a_half_times_it():
     def run(target):
-        settings = {"update_epochs": 12, "learning_rate": 1e-3, "target_kl": target}
+        settings = {"update_epochs": 12, "learning_rate": 1e-4, "target_kl": target}
         agent, optimizer, config = make(torch.optim.Adam, **settings)
         batch = of_policy(agent)
         core.update(agent, optimizer, batch, config)
