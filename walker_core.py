@@ -231,13 +231,14 @@ class Config(Checked):
 
 # Only what differs from the defaults above; tests/benchmarks/TUNING.md has what was tried.
 FLAT = dict(total_timesteps=3_000_000, num_envs=64, minibatch_size=2048, failure_reward=-100.0)
+# what stands in FLAT so far is common to both
 HARD = FLAT | dict(total_timesteps=20_000_000, rollout_steps=128, clip_reward=(-1.0, 10.0))
 HARD |= dict(lr_schedule="adaptive", learning_rate=1e-3, entropy_coef=0.006, max_grad_norm=5.0)
 FLAT |= dict(learning_rate=2e-3, gamma=0.995, gae_lambda=0.975, init_std=0.7, update_epochs=10)
 MUJOCO = dict(update_epochs=10, minibatch_size=64, init_std=0.5, max_grad_norm=1.0)
 PRESETS = {"BipedalWalker-v3": FLAT, "BipedalWalkerHardcore-v3": HARD, "Walker2d-v5": MUJOCO}
 PRESETS["HalfCheetah-v5"] = MUJOCO | dict(gamma=0.98, gae_lambda=0.92, init_std=0.4)
-PRESETS["Humanoid-v5"] = MUJOCO | dict(total_timesteps=10_000_000, init_std=0.4)
+PRESETS["Humanoid-v5"] = MUJOCO | dict(total_timesteps=10_000_000, init_std=0.4, value_coef=0.25)
 PRESETS["LunarLander-v3"] = dict(num_envs=16, gamma=0.999, gae_lambda=0.98, learning_rate=1e-3)
 PRESETS["CarRacing-v3"] = dict(update_epochs=10, actor_hidden=(256,), critic_hidden=(256,))
 
