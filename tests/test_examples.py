@@ -21,7 +21,7 @@ import walker_core as core
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINED = str(ROOT / "checkpoints_walker/pretrained.pt")
 PASSIVE = "examples.passive_walker:PassiveWalker-v0"
-UPRIGHT = "examples.reward_wrapper:UprightWalker-v3"
+EFFICIENT = "examples.reward_wrapper:EfficientWalker-v3"
 ZERO = np.zeros(3, np.float32)
 
 
@@ -221,25 +221,26 @@ def test_steps_are_counted_without_motors_and_trained(passive, no_pictures, tmp_
 
 
 def test_the_wrapper_changes_the_reward_and_nothing_else():
-    wrapped, plain = gym.make(UPRIGHT), gym.make("BipedalWalker-v3")
+    wrapped, plain = gym.make(EFFICIENT), gym.make("BipedalWalker-v3")
     np.testing.assert_array_equal(wrapped.reset(seed=3)[0], plain.reset(seed=3)[0])
     assert wrapped.spec.reward_threshold is None  # the plain one's 300 is of the plain reward
-    action, ended, leant = np.array([0.3, -0.2, 0.4, 0.1], np.float32), False, 0.0
+    action, ended = np.array([0.3, -0.2, 0.4, 0.1], np.float32), False
     while not ended:
         obs, reward, terminated, truncated, _ = wrapped.step(action)
         plain_obs, plain_reward, *ends, _ = plain.step(action)
         np.testing.assert_array_equal(obs, plain_obs)
         assert [terminated, truncated] == ends
-        assert plain_reward - reward == pytest.approx(0.1 * abs(float(obs[0])), abs=1e-6)
-        leant, ended = max(leant, abs(float(obs[0]))), terminated or truncated
-    assert leant > 0.1
+        fall = 4 * 100 * terminated
+        assert plain_reward - reward == pytest.approx(fall + 0.252, abs=1e-6)  # |action|'s sum is 1
+        ended = terminated or truncated
+    assert plain_reward == -100
 
 
 def test_a_policy_of_the_wrapped_environment_is_tested_on_either(no_pictures, tmp_path, capsys):
-    changes = {"env": UPRIGHT, "env_kwargs": (), "total_timesteps": 2 * BATCH}
+    changes = {"env": EFFICIENT, "env_kwargs": (), "total_timesteps": 2 * BATCH}
     assert walker.main(flags(tmp_path, **changes)) == 0
     means = []
-    for env in (UPRIGHT, "BipedalWalker-v3"):
+    for env in (EFFICIENT, "BipedalWalker-v3"):
         capsys.readouterr()
         test = ["evaluate", str(tmp_path / core.LAST), "--env", env, "--episodes", "1"]
         assert walker.main(test) == 0
