@@ -240,7 +240,8 @@ PRESETS = {"BipedalWalker-v3": FLAT, "BipedalWalkerHardcore-v3": HARD, "Walker2d
 PRESETS["HalfCheetah-v5"] = MUJOCO | dict(gamma=0.98, gae_lambda=0.92, init_std=0.4)
 PRESETS["Humanoid-v5"] = MUJOCO | dict(total_timesteps=10_000_000, init_std=0.4, value_coef=0.25)
 PRESETS["LunarLander-v3"] = dict(num_envs=16, gamma=0.999, gae_lambda=0.98, learning_rate=1e-3)
-PRESETS["CarRacing-v3"] = dict(update_epochs=10, actor_hidden=(256,), critic_hidden=(256,))
+PRESETS["CarRacing-v3"] = dict(total_timesteps=300_000, init_std=0.2, update_epochs=10)
+PRESETS["CarRacing-v3"] |= dict(actor_hidden=(256,), critic_hidden=(256,))
 
 
 def plain_settings(config: Config) -> dict[str, Any]:
@@ -1221,8 +1222,7 @@ def evaluate_and_rank(learner: Learner, steps: int, log: RunLog) -> tuple[Metric
             counters.solved_wall_s = time.perf_counter() - learner.started
             log.say(f"solved after {counters.solved_wall_s / 60:.1f} min, by 100 fresh episodes")
     is_best = bool(returns.mean() > best)
-    if is_best:
-        counters.best_return = float(returns.mean())
+    counters.best_return = max(float(returns.mean()), best)
     over = f"{returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
     log.say(f"step {counters.step:,}: evaluation {over}{', the best so far' if is_best else ''}")
     return columns | {"eval_episodes": len(seeds)}, is_best
