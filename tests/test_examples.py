@@ -19,7 +19,7 @@ import walker
 import walker_core as core
 
 ROOT = Path(__file__).resolve().parents[1]
-PRETRAINED = str(ROOT / "checkpoints_walker/pretrained.pt")
+PRETRAINED = str(ROOT / "checkpoints_walker/pretrained_default.pt")
 PASSIVE = "examples.passive_walker:PassiveWalker-v0"
 EFFICIENT = "examples.reward_wrapper:EfficientWalker-v3"
 ZERO = np.zeros(3, np.float32)

@@ -39,7 +39,7 @@ def known_flags() -> set[str]:
 @pytest.mark.parametrize("typed", sorted(set(COMMANDS)))
 def test_every_command_of_the_readme_is_understood(typed, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "checkpoints_walker", tmp_path / "checkpoints_walker")
-    shutil.copy(ROOT / "checkpoints_walker/pretrained.pt", tmp_path / core.LAST)  # to resume
+    shutil.copy(ROOT / "checkpoints_walker/pretrained_default.pt", tmp_path / core.LAST)
     monkeypatch.chdir(tmp_path)
     words = shlex.split(typed)
     if words[:1] == ["evaluate"]:
