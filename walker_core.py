@@ -363,11 +363,13 @@ def make_vector_env(config: Config, seeds: Sequence[int]) -> tuple[VectorEnv, np
     if config.vector_env == "envpool":
         with explained(UserError, "--vector-env envpool needs `pip install envpool`", ImportError):
             import envpool
-        if config.env not in envpool.list_all_envs() or not is_vector(single.observation_space):
+        known = config.env in envpool.list_all_envs()  # a wrapper can make its own around one
+        make = envpool.make_gymnasium if known else single.spec.vector_entry_point
+        if not callable(make) or not is_vector(single.observation_space):
             raise UserError(f"--vector-env envpool has no {config.env}, or no vectors: use sync")
         threads = max(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
         how = {"num_envs": config.num_envs, "seed": list(seeds), "num_threads": threads}
-        envs, first = envpool.make_gymnasium(config.env, **how, **config.env_options), {}
+        envs, first = make(config.env, **how, **config.env_options), {}
     else:
         make = [lambda name=name: _worker_env(config, name) for name in names]
         vector = SyncVectorEnv if config.vector_env == "sync" else AsyncVectorEnv
@@ -561,8 +563,8 @@ class Rollout:
         self.obs[-1] = obs  # (N, *O) the first ones, normalised
         self.actions = obs.new_zeros(T, N, *actions.shape)  # unclipped
         self.logprobs, self.rewards = obs.new_zeros(2, T, N)  # rewards: raw
-        flags = torch.zeros(3, T, N, dtype=torch.bool, device=obs.device)
-        self.terminated, self.truncated, self.valid = flags  # valid: False on reset rows
+        # valid: False on reset rows
+        self.terminated, self.truncated, self.valid = obs.new_zeros(3, T, N, dtype=torch.bool)
 
         self.ended = np.zeros(N, dtype=bool)  # whether the step before ended an episode
         self.episode_return, self.episode_length = np.zeros(N), np.zeros(N, dtype=np.int64)
@@ -742,8 +744,7 @@ def update(agent: ActorCritic, optimizer: optim.Optimizer, batch: Batch, config:
     columns = dict(zip((*LOSS_METRICS, "grad_norm"), averages, strict=True))
     columns["learning_rate"] = optimizer.param_groups[0]["lr"].item()
     residual = (batch.returns - batch.values).var(correction=0)
-    share = 1 - residual / (batch.returns.var(correction=0) + 1e-8)
-    columns["explained_variance"] = share.item()
+    columns["explained_variance"] = (1 - residual / (batch.returns.var(correction=0) + 1e-8)).item()
     if not agent.discrete:
         columns["action_std"] = agent.distribution(batch.obs).stddev.mean().item()
     return columns

@@ -236,6 +236,28 @@ def test_the_wrapper_changes_the_reward_and_nothing_else():
     assert plain_reward == -100
 
 
+def test_the_wrapper_around_envpool_has_the_same_prices_and_reset_rows_are_free():
+    pytest.importorskip("envpool")
+    settings = {"num_envs": 4, "vector_env": "envpool", "minibatch_size": 8}
+    settings["env_kwargs"] = ("hardcore=True",)
+    configs = [core.Config.for_env(env, **settings) for env in (EFFICIENT, "BipedalWalker-v3")]
+    wrapped, plain = (core.make_vector_env(config, [5, 6, 7, 8])[0] for config in configs)
+    actions, ended, falls = np.full((4, 4), 0.25, np.float32), np.zeros(4, bool), 0
+    for t in range(200):
+        obs, rewards, terminated, truncated, _ = core.ask(wrapped, wrapped.step, actions)
+        plain_obs, plain_rewards, *ends, _ = core.ask(plain, plain.step, actions)
+        np.testing.assert_array_equal(obs, plain_obs)
+        np.testing.assert_array_equal([terminated, truncated], ends)
+        expected = np.where(ended, 0, 400 * terminated + 0.252)  # |actions|' sum is 1
+        np.testing.assert_allclose(plain_rewards - rewards, expected, atol=1e-4)
+        ended, falls = terminated | truncated, falls + terminated.sum()
+        if t == 100:  # as the core begins some anew
+            again = {"options": {"reset_mask": np.array([True, False, False, True])}}
+            assert [len(core.ask(e, e.reset, **again)[0]) for e in (wrapped, plain)] == [2, 2]
+            ended[[0, 3]] = False
+    assert falls > 4
+
+
 def test_a_policy_of_the_wrapped_environment_is_tested_on_either(no_pictures, tmp_path, capsys):
     changes = {"env": EFFICIENT, "env_kwargs": (), "total_timesteps": 2 * BATCH}
     assert walker.main(flags(tmp_path, **changes)) == 0
