@@ -220,8 +220,10 @@ def test_steps_are_counted_without_motors_and_trained(passive, no_pictures, tmp_
 # ---- The reward wrapper --------------------------------------------------------------------------
 
 
-def test_the_wrapper_changes_the_reward_and_nothing_else():
-    wrapped, plain = gym.make(EFFICIENT), gym.make("BipedalWalker-v3")
+@pytest.mark.parametrize(("torque", "fall"), [(10, 5), (1, 1), (3, 20)])
+def test_the_wrapper_changes_the_reward_and_nothing_else(torque, fall):
+    prices = {} if (torque, fall) == (10, 5) else {"torque": torque, "fall": fall}
+    wrapped, plain = gym.make(EFFICIENT, **prices), gym.make("BipedalWalker-v3")
     np.testing.assert_array_equal(wrapped.reset(seed=3)[0], plain.reset(seed=3)[0])
     assert wrapped.spec.reward_threshold is None  # the plain one's 300 is of the plain reward
     action, ended = np.array([0.3, -0.2, 0.4, 0.1], np.float32), False
@@ -230,8 +232,8 @@ def test_the_wrapper_changes_the_reward_and_nothing_else():
         plain_obs, plain_reward, *ends, _ = plain.step(action)
         np.testing.assert_array_equal(obs, plain_obs)
         assert [terminated, truncated] == ends
-        fall = 4 * 100 * terminated
-        assert plain_reward - reward == pytest.approx(fall + 0.252, abs=1e-6)  # |action|'s sum is 1
+        less = (fall - 1) * 100 * terminated + (torque - 1) * 0.028  # |action|'s sum is 1
+        assert plain_reward - reward == pytest.approx(less, abs=1e-6)
         ended = terminated or truncated
     assert plain_reward == -100
 
@@ -239,8 +241,8 @@ def test_the_wrapper_changes_the_reward_and_nothing_else():
 def test_the_wrapper_around_envpool_has_the_same_prices_and_reset_rows_are_free():
     pytest.importorskip("envpool")
     settings = {"num_envs": 4, "vector_env": "envpool", "minibatch_size": 8}
-    settings["env_kwargs"] = ("hardcore=True",)
-    configs = [core.Config.for_env(env, **settings) for env in (EFFICIENT, "BipedalWalker-v3")]
+    prices = {EFFICIENT: ("hardcore=True", "fall=3"), "BipedalWalker-v3": ("hardcore=True",)}
+    configs = [core.Config.for_env(e, env_kwargs=kw, **settings) for e, kw in prices.items()]
     wrapped, plain = (core.make_vector_env(config, [5, 6, 7, 8])[0] for config in configs)
     actions, ended, falls = np.full((4, 4), 0.25, np.float32), np.zeros(4, bool), 0
     for t in range(200):
@@ -248,7 +250,7 @@ def test_the_wrapper_around_envpool_has_the_same_prices_and_reset_rows_are_free(
         plain_obs, plain_rewards, *ends, _ = core.ask(plain, plain.step, actions)
         np.testing.assert_array_equal(obs, plain_obs)
         np.testing.assert_array_equal([terminated, truncated], ends)
-        expected = np.where(ended, 0, 400 * terminated + 0.252)  # |actions|' sum is 1
+        expected = np.where(ended, 0, 200 * terminated + 0.252)  # |actions|' sum is 1
         np.testing.assert_allclose(plain_rewards - rewards, expected, atol=1e-4)
         ended, falls = terminated | truncated, falls + terminated.sum()
         if t == 100:  # as the core begins some anew
