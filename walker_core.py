@@ -238,7 +238,8 @@ FLAT |= dict(learning_rate=2e-3, gamma=0.995, gae_lambda=0.975, init_std=0.7, up
 MUJOCO = dict(update_epochs=10, minibatch_size=64, init_std=0.5, max_grad_norm=1.0)
 PRESETS = {"BipedalWalker-v3": FLAT, "BipedalWalkerHardcore-v3": HARD, "Walker2d-v5": MUJOCO}
 PRESETS["HalfCheetah-v5"] = MUJOCO | dict(gamma=0.98, gae_lambda=0.92, init_std=0.4)
-PRESETS["Humanoid-v5"] = MUJOCO | dict(total_timesteps=10_000_000, init_std=0.4, value_coef=0.25)
+PRESETS["Humanoid-v5"] = dict(total_timesteps=10_000_000, update_epochs=10, max_grad_norm=1.0)
+PRESETS["Humanoid-v5"] |= dict(init_std=0.2, gamma=0.97, lr_schedule="adaptive", desired_kl=0.015)
 PRESETS["LunarLander-v3"] = dict(num_envs=16, gamma=0.999, gae_lambda=0.98, learning_rate=1e-3)
 PRESETS["CarRacing-v3"] = dict(total_timesteps=300_000, init_std=0.2, update_epochs=10)
 PRESETS["CarRacing-v3"] |= dict(actor_hidden=(256,), critic_hidden=(256,))
@@ -1023,8 +1024,8 @@ class RunLog(contextlib.ExitStack):
         from tqdm import tqdm
 
         super().__init__()
-        text = path.read_text() if path.exists() else ""
-        rows = text.split("\n")[1:-1]  # behind the last line's end: nothing, or a torn line
+        # behind the last line's end: nothing, or a torn line
+        rows = (path.read_text() if path.exists() else "").split("\n")[1:-1]
         with explained(UserError, f"{path} is damaged: mend it, or remove it", ValueError):
             rows = [row for row in rows if int(row.split(",")[0]) <= counters.step]
         with atomic_path(path) as temporary:
