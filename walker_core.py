@@ -1278,7 +1278,7 @@ def export(learner: Learner, log: RunLog, with_film: bool) -> None:
         learner.load(load_checkpoint(out / BEST, env), out / BEST, POLICY)
     if with_film:
         film(learner, log, out / FILM)
-    with writing(out / CURVES):
+    with writing(out / CURVES), explained(TrainingError, "no curves", viz.InputError):
         viz.plot_training_curves(out / METRICS, out / CURVES, learner.threshold)
     log.say(f"curves: {out / CURVES}")
 

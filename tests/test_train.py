@@ -876,6 +876,21 @@ def test_the_film_shows_the_best_policy_and_not_the_last(tmp_path, monkeypatch):
     assert not np.array_equal(*actions)
 
 
+def test_a_metrics_file_that_another_program_spoilt_is_one_line(tmp_path, monkeypatch, capsys):
+    def spoil():
+        with open(tmp_path / core.METRICS, "a") as file:
+            file.write("32,1\n")
+
+    monkeypatch.setattr(core, "export", EXPORT)
+    monkeypatch.setattr(core, "film", lambda *args: None)
+    before_update(monkeypatch, 3, spoil)
+    assert walker.main(flags(tmp_path)) == 1
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("walker.py: no curves: ")
+    assert "metrics.csv, line" in line
+    assert core.load_checkpoint(tmp_path / core.LAST)["counters"]["step"] == 4 * BATCH
+
+
 def test_what_is_not_the_clocks_is_all_the_rest():
     assert set(CLOCK) < set(core.CSV_COLUMNS)
     assert ",".join(core.CSV_COLUMNS) == HEADER
