@@ -21,16 +21,15 @@ import walker_core as core
 
 
 def widen(agent: dict[str, torch.Tensor], generator: torch.Generator) -> None:
-    """Double the hidden layers of actor and critic, linear layers with SiLU or the like between."""
+    """Double the hidden layers of actor and critic, in place."""
     for net in ("actor", "critic"):
-        layers = [name.removesuffix(".weight") for name in agent if name.startswith(net)]
-        layers = [name for name in layers if not name.endswith(".bias")]
-        for first, then in zip(layers, layers[1:], strict=False):
-            for name in (f"{first}.weight", f"{first}.bias"):
-                agent[name] = torch.cat([agent[name], agent[name]])
-            weight = agent[f"{then}.weight"]
-            share = 0.1 + 0.8 * torch.rand(weight.shape, generator=generator)
-            agent[f"{then}.weight"] = torch.cat([weight * share, weight * (1 - share)], dim=1)
+        *hidden, last = (name for name in agent if name.startswith(net) and "weight" in name)
+        for name in hidden:
+            for part in (name, name.replace("weight", "bias")):
+                agent[part] = torch.cat([agent[part], agent[part]])
+        for name in (*hidden[1:], last):
+            share = 0.1 + 0.8 * torch.rand(agent[name].shape, generator=generator)
+            agent[name] = torch.cat([agent[name] * share, agent[name] * (1 - share)], dim=1)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,11 +37,17 @@ def main(argv: Sequence[str]) -> int:
         print("usage: widen.py CHECKPOINT WIDE", file=sys.stderr)
         return 2
     try:
-        state = core.load_checkpoint(argv[0], torch.load(argv[0], weights_only=True)["config"]["env"])
-        print(type(state))
+        state = core.load_checkpoint(argv[0], env="any: it is not made here")
+        widths = {name: state["config"][name] for name in ("actor_hidden", "critic_hidden")}
+        if state["config"]["layer_norm"] or any(w.ndim > 2 for w in state["agent"].values()):
+            raise core.UserError(f"{argv[0]} has layer norm, or is a network for images")
+        widen(state["agent"], torch.Generator().manual_seed(0))
+        state["config"] |= {name: tuple(2 * n for n in old) for name, old in widths.items()}
+        torch.save(state, argv[1])
     except (core.UserError, OSError) as error:
         print(f"widen.py: {error}", file=sys.stderr)
         return 2
+    print(f"wide: {argv[1]}")
     return 0
 
 

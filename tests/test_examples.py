@@ -12,11 +12,13 @@ import gymnasium as gym
 import imageio.v3 as imageio
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 from helpers import BATCH, flags, rows, warned
 
 import walker
 import walker_core as core
+from examples import widen
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINED = str(ROOT / "checkpoints_walker/pretrained_default.pt")
@@ -270,6 +272,36 @@ def test_a_policy_of_the_wrapped_environment_is_tested_on_either(no_pictures, tm
         assert walker.main(test) == 0
         means.append(float(capsys.readouterr().out.split()[1]))
     assert means[0] < means[1]
+
+
+# ---- a wider network -----------------------------------------------------------------------------
+
+
+def test_a_widened_policy_does_the_same_and_its_twins_learn_apart(no_pictures, tmp_path, capsys):
+    wide = tmp_path / "wide.pt"
+    assert widen.main([PRETRAINED, str(wide)]) == 0
+    assert capsys.readouterr().out == f"wide: {wide}\n"
+    old, new = (core.load_learner(path, None, 0, "cpu", ".") for path in (PRETRAINED, str(wide)))
+    obs = torch.as_tensor(np.random.default_rng(0).normal(size=(50, 24)), dtype=torch.float32)
+    for net in ("actor", "critic"):
+        same = getattr(new.agent, net)(obs)
+        assert torch.allclose(same, getattr(old.agent, net)(obs), atol=1e-4)
+        same.square().sum().backward()
+        for layer in list(getattr(new.agent, net))[:-1:2]:
+            twins = layer.weight.grad.chunk(2)
+            assert not torch.allclose(*twins, rtol=0.01)
+    assert new.config.actor_hidden == tuple(2 * n for n in old.config.actor_hidden)
+    sizes = ["--actor-hidden", "128", "128", "--critic-hidden", "128", "128"]
+    typed = [*flags(tmp_path / "run", env="BipedalWalker-v3", env_kwargs=()), *sizes]
+    assert walker.main([*typed, "--init-from", str(wide)]) == 0
+
+
+@pytest.mark.parametrize("typed", [[], ["none.pt", "wide.pt"], [__file__, "wide.pt"]])
+def test_what_cannot_be_widened_is_one_line(typed, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert widen.main(typed) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 # ---- ONNX ----------------------------------------------------------------------------------------
