@@ -10,6 +10,8 @@ only: the optimiser's state does not fit the new shapes. Networks of vectors, wi
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,15 +38,20 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) != 2:
         print("usage: widen.py CHECKPOINT WIDE", file=sys.stderr)
         return 2
+    data = io.BytesIO()
     try:
         state = core.load_checkpoint(argv[0], env="any: it is not made here")
-        widths = {name: state["config"][name] for name in ("actor_hidden", "critic_hidden")}
-        if state["config"]["layer_norm"] or any(w.ndim > 2 for w in state["agent"].values()):
+        config = core.checked(core.Config.for_env, state["config"], argv[0])
+        if config.layer_norm or any(weight.ndim > 2 for weight in state["agent"].values()):
             raise core.UserError(f"{argv[0]} has layer norm, or is a network for images")
         widen(state["agent"], torch.Generator().manual_seed(0))
-        state["config"] |= {name: tuple(2 * n for n in old) for name, old in widths.items()}
-        torch.save(state, argv[1])
-    except (core.UserError, OSError) as error:
+        nets = {"actor_hidden": config.actor_hidden, "critic_hidden": config.critic_hidden}
+        nets = {name: tuple(2 * units for units in hidden) for name, hidden in nets.items()}
+        state["config"] = core.plain_settings(dataclasses.replace(config, **nets))
+        torch.save(state, data)
+        with core.atomic_path(Path(argv[1])) as temporary:
+            temporary.write_bytes(data.getvalue())
+    except (core.UserError, core.TrainingError, OSError) as error:
         print(f"widen.py: {error}", file=sys.stderr)
         return 2
     print(f"wide: {argv[1]}")

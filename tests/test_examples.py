@@ -296,7 +296,17 @@ def test_a_widened_policy_does_the_same_and_its_twins_learn_apart(no_pictures, t
     assert walker.main([*typed, "--init-from", str(wide)]) == 0
 
 
-@pytest.mark.parametrize("typed", [[], ["none.pt", "wide.pt"], [__file__, "wide.pt"]])
+def test_a_network_with_layer_norm_is_not_widened(no_pictures, tmp_path, capsys):
+    assert walker.main(flags(tmp_path, layer_norm=True)) == 0
+    assert widen.main([str(tmp_path / core.LAST), str(tmp_path / "wide.pt")]) == 2
+    assert "has layer norm" in capsys.readouterr().err
+    assert not (tmp_path / "wide.pt").exists()
+
+
+BLOCKED = [PRETRAINED, "no/folder/wide.pt"]
+
+
+@pytest.mark.parametrize("typed", [[], ["none.pt", "wide.pt"], [__file__, "wide.pt"], BLOCKED])
 def test_what_cannot_be_widened_is_one_line(typed, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     assert widen.main(typed) == 2

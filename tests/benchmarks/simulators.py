@@ -36,9 +36,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoints", nargs="+")
     parser.add_argument("--episodes", type=int, default=400)
+    parser.add_argument("--env", help="on this environment, not the checkpoint's own")
     options = parser.parse_args()
     for checkpoint in options.checkpoints:
-        learner = core.load_learner(checkpoint, None, 0, "cpu", ".")
+        learner = core.load_learner(checkpoint, options.env, 0, "cpu", ".")
         seeds = core.env_seeds(0, core.TEST, options.episodes)
         on_gymnasium, _ = core.evaluate(learner.act, learner.config, seeds)
         for name, returns in (
