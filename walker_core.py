@@ -1,7 +1,8 @@
 """PPO for BipedalWalker-v3 and its relatives, top to bottom in one file.
 
 Data flows down the page: Config -> environments -> networks -> rollout -> advantages -> update ->
-evaluate -> checkpoint -> log and export -> train. A section uses only what stands above it.
+evaluate -> checkpoint -> log and export -> train. A section uses only what stands above it. To
+read only the trainer, read sections 1 to 6, then 10; sections 0 and 7 to 9 surround it.
 
 BipedalWalker-v3 with the default settings, seeds 11 to 15: solved after 3.1 to 4.0 minutes, median
 3.7 (1.5M steps); with EnvPool 65 to 87 seconds, median 72; evaluation aside, on two cores of a
@@ -14,9 +15,10 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import csv
 import dataclasses
+import functools
 import gc
-import importlib.util
 import io
 import itertools
 import json
@@ -27,7 +29,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -44,161 +45,150 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn, optim
 
 __version__ = "0.1.0"
-CHECKPOINT_FORMAT = 1  # raised when a checkpoint's contents change their meaning
+# raised when the contents of a checkpoint change their meaning
+CHECKPOINT_FORMAT = 1
 
 
 class UserError(Exception):
-    """A mistake in what was asked for: shown as one line, exit code 2."""
+    """The user asked for something impossible: shown as one line, exit code 2."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on, though it was asked for correctly: shown as one line, exit code 1."""
+    """A training that was asked for correctly cannot go on: shown as one line, exit code 1."""
 
 
 class EnvironmentFailure(TrainingError):
-    """An environment raised, hung, or gave numbers that are not finite."""
+    """An environment raised, hung, or returned numbers that are not finite."""
 
 
 @contextlib.contextmanager
-def explained(kind: type[Exception], what: str, *caught: type[Exception]) -> Iterator[None]:
-    """Any of `caught` becomes one line of this kind: what is wrong, and why."""
+def reraise_as(kind: type[Exception], message: str, *caught: type[Exception]) -> Iterator[None]:
+    """Turn any of `caught` into `kind` with one line: the message, then the reason."""
     try:
         yield
     except caught as error:
-        why = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise kind(f"{what}: {why}") from error
+        reason = str(getattr(error, "strerror", None) or error)
+        raise kind(f"{message}: {' '.join(reason.split())}") from error
 
 
-# ==== 0. Processes ================================================================================
+# ==== 0. Processes: several under torchrun, or one ================================================
 
 
-def join_processes() -> int:
-    """Meet the others that torchrun has started, if it has; returns how often it did so before.
-
-    Gloo for tensors on the CPU, NCCL for those on GPUs. Each time they meet in a store of its own:
-    in the common one PyTorch 2.13 may find the address of a process that is gone.
-    """
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        store, rank, count = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(restarts, store)
-        dist.init_process_group(store=store, rank=rank, world_size=count)
-    return int(restarts)
-
-
-def process() -> tuple[int, int]:
-    """This process's rank, and how many there are; (0, 1) without torchrun."""
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's number, and how many there are; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """The sum of all processes' `values`, in place. TrainingError where a process is gone."""
+    """Add up the `values` of all processes, in place. TrainingError if a process is gone."""
     if dist.is_initialized():
-        with explained(TrainingError, "another process is gone, use --resume", RuntimeError):
+        with reraise_as(TrainingError, "another process is gone, use --resume", RuntimeError):
             dist.all_reduce(values)
     return values
 
 
 def any_process(flag: bool) -> bool:
+    """Whether `flag` is true in any process. All of them wait here for each other."""
     return bool(sum_over_processes(torch.tensor(float(flag))))
-
-
-def leave(code: int) -> None:
-    """End this process; one of several at once, as gloo's threads sometimes abort a usual exit."""
-    sys.stdout.flush()
-    os._exit(code) if dist.is_initialized() else sys.exit(code)
 
 
 # ==== 1. Config ===================================================================================
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
-
-# What a setting may be. A bool is no number here, and NaN and infinity are none either.
-Name = Annotated[str, Field(pattern=r"\S")]
-Share = Annotated[float, Field(ge=0, le=1)]
-Pair = Annotated[str, Field(pattern="(?P<KEY>.+)=(?P<VALUE>.*)")]
-Sizes = Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=1)]
-STRICT = pydantic.ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+VALIDATION = pydantic.ConfigDict(allow_inf_nan=False, extra="forbid")
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Schedule = Literal["constant", "linear", "cosine", "adaptive"]
+LayerSize = Annotated[int, pydantic.Field(ge=1, le=4096)]
+KeyValue = Annotated[str, pydantic.Field(pattern="(?P<KEY>.+)=(?P<VALUE>.*)")]
 
 
-class Checked:
-    """Plain values, checked on creation. UserError names the first wrong one and what is right."""
+def setting(default: Any, meaning: str, **limits: Any) -> Any:
+    """A field: its default, its line in `--help`, and its limits in pydantic's terms."""
+    return pydantic.Field(default, description=meaning, **limits)
+
+
+class Validated:
+    """Base of dataclasses that are checked on creation. UserError names the first wrong field."""
 
     @pydantic.model_validator(mode="wrap")
     @classmethod
-    def _check(cls, values: Any, check: Callable) -> Any:
+    def _raise_user_error(cls, values: Any, validate: Callable) -> Any:
         try:
-            return check(values)
+            return validate(values)
         except pydantic.ValidationError as error:
-            wrong = error.errors()[0]
-            name, why = str(wrong["loc"][0]), wrong["msg"].replace("Input should", "it must")
+            first = error.errors()[0]
+            name = str(first["loc"][0])
             value = (values.kwargs or {}).get(name)
-            raise UserError(f"--{name.replace('_', '-')} is {value!r}: {why}") from None
+            rule = first["msg"].replace("Input should", "it must")
+            raise UserError(f"--{flag_name(name)} is {value!r}: {rule}") from None
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class Config(Checked):
-    """Settings of one run; each is also a flag of `walker.py`. Validated once, on creation."""
+def flag_name(field: str) -> str:
+    return field.replace("_", "-")
 
-    env: Name = "BipedalWalker-v3"  # Gymnasium id; `module:EnvId` imports the module first
-    env_kwargs: tuple[Pair, ...] = ()  # arguments of the environment, each as KEY=VALUE
-    total_timesteps: PositiveInt = 1_000_000  # environment steps of the whole run
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # of networks, sampling and every environment
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where present, else cpu
-    compile: bool = False  # the update by torch.compile; on CUDA, with its graphs
-    out: Name = "."  # folder in which checkpoints_walker/, videos/ and plots/ are made
-    init_from: Name | None = None  # start from this checkpoint's weights and observation statistics
 
-    vector_env: Literal["sync", "async", "envpool"] = "sync"  # how the environments are stepped
-    num_envs: Annotated[int, Field(ge=1, le=100_000)] = 8  # environments stepped together (N)
-    rollout_steps: Annotated[int, Field(ge=2, le=1_000_000)] = 256  # steps of each per update (T)
-    step_timeout: PositiveFloat = 60.0  # seconds until an async environment has hung
-    norm_obs: bool = True  # normalise observations by their running mean and variance
-    norm_reward: bool = True  # divide rewards by the running std of the discounted return
-    clip_obs: PositiveFloat = 10.0  # clip normalised observations to ± this
-    clip_reward: tuple[float, float] = (-10.0, 10.0)  # normalised: LOW HIGH
+@pydantic.dataclasses.dataclass(frozen=True, config=VALIDATION)
+class Config(Validated):
+    """Settings of one run. Each is a flag of `walker.py` too."""
 
-    actor_hidden: Sizes = (64, 64)  # layer sizes of the policy
-    critic_hidden: Sizes = (64, 64)  # and of the value function
-    activation: Literal["tanh", "relu", "elu", "silu"] = "silu"  # of the hidden layers
-    layer_norm: bool = False  # LayerNorm before each activation
-    mean_activation: Literal["none", "tanh"] = "none"  # tanh: mean actions stay within ±1
-    init_std: Annotated[float, Field(ge=0.001, le=10)] = 1.0  # initial std of the actions
-    state_dependent_std: bool = False  # the policy network gives the standard deviation too
+    env: str = setting("BipedalWalker-v3", "Gymnasium id, or MODULE:ID", pattern=r"\S")
+    env_kwargs: tuple[KeyValue, ...] = setting((), "arguments of the environment: KEY=VALUE")
+    total_timesteps: int = setting(1_000_000, "environment steps of the whole run", ge=1)
+    seed: int = setting(1, "of networks, sampling and environments", ge=0, lt=2**32)
+    device: Device = setting("auto", "auto: cuda if present, or cpu")
+    compile: bool = setting(False, "compile the update with torch.compile")
+    out: str = setting(".", "folder for checkpoints_walker/, videos/ and plots/", min_length=1)
+    init_from: str | None = setting(None, "checkpoint whose policy to start from")
 
-    learning_rate: PositiveFloat = 3e-4  # of Adam; where the schedule starts
-    value_learning_rate: PositiveFloat | None = None  # of the value function, if another
-    lr_schedule: Literal["constant", "linear", "cosine", "adaptive"] = "linear"  # adaptive: by KL
-    desired_kl: PositiveFloat = 0.01  # per update, that the adaptive schedule steers to
-    gamma: Share = 0.99  # discount factor
-    gae_lambda: Share = 0.95  # λ of generalised advantage estimation
-    clip_eps: PositiveFloat = 0.2  # the probability ratio is clipped to 1 ± this
-    clip_value_eps: PositiveFloat | None = None  # an update moves values at most so far
-    failure_reward: float = 1e9  # a termination with more is bootstrapped like a truncation
-    entropy_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
-    value_coef: NonNegativeFloat = 0.5  # weight of the value loss
-    max_grad_norm: PositiveFloat = 0.5  # the gradient's norm is clipped to this
-    update_epochs: PositiveInt = 5  # passes over each rollout
-    minibatch_size: Annotated[int, Field(ge=2)] = 256  # rows of one gradient step (B)
-    target_kl: PositiveFloat | None = None  # end an update whose KL exceeds 1.5 × this
+    vector_env: Literal["sync", "async", "envpool"] = setting("sync", "what steps environments")
+    num_envs: int = setting(8, "environments stepped together (N)", ge=1, le=100_000)
+    rollout_steps: int = setting(256, "steps of each one per update (T)", ge=2, le=10**6)
+    step_timeout: float = setting(60.0, "seconds until an async environment hangs", gt=0)
+    norm_obs: bool = setting(True, "normalize observations by running statistics")
+    norm_reward: bool = setting(True, "divide rewards by the std of discounted returns")
+    clip_obs: float = setting(10.0, "clip normalized observations to ± this", gt=0)
+    clip_reward: tuple[float, float] = setting((-10.0, 10.0), "clip normalized rewards to LOW HIGH")
 
-    eval_every: NonNegativeInt = 100_000  # steps between evaluations; 0: never
-    eval_episodes: PositiveInt = 10  # episodes of each periodic evaluation
-    checkpoint_every: NonNegativeInt = 0  # steps between kept step_N.pt; 0: none are kept
-    record_every: NonNegativeInt = 0  # steps between films of the policy; 0: only one at the end
-    tensorboard: bool = False  # write the columns of metrics.csv for TensorBoard too
-    stop_when_solved: bool = False  # end the run once 100 fresh episodes confirm the threshold
+    actor_hidden: tuple[LayerSize, ...] = setting((64, 64), "layer sizes, policy", min_length=1)
+    critic_hidden: tuple[LayerSize, ...] = setting((64, 64), "layer sizes, values", min_length=1)
+    activation: Literal["tanh", "relu", "elu", "silu"] = setting("silu", "of the hidden layers")
+    layer_norm: bool = setting(False, "put a LayerNorm before each activation")
+    mean_activation: Literal["none", "tanh"] = setting("none", "tanh keeps mean actions within ±1")
+    init_std: float = setting(1.0, "initial std of the actions", ge=0.001, le=10)
+    state_dependent_std: bool = setting(False, "let the policy network output the std too")
 
-    def __post_init__(self) -> None:
+    learning_rate: float = setting(3e-4, "learning rate of Adam, at the start", gt=0)
+    value_learning_rate: float | None = setting(None, "the same for the value function", gt=0)
+    lr_schedule: Schedule = setting("linear", "of the learning rate; adaptive: steered by the KL")
+    desired_kl: float = setting(0.01, "KL that the adaptive schedule aims at", gt=0)
+    gamma: float = setting(0.99, "discount factor", ge=0, le=1)
+    gae_lambda: float = setting(0.95, "λ of generalized advantage estimation", ge=0, le=1)
+    clip_eps: float = setting(0.2, "clip the probability ratio to 1 ± this", gt=0)
+    clip_value_eps: float | None = setting(None, "clip the change of a value to ± this", gt=0)
+    failure_reward: float = setting(1e9, "bootstrap terminations that pay more")
+    entropy_coef: float = setting(0.0, "weight of the entropy bonus", ge=0)
+    value_coef: float = setting(0.5, "weight of the value loss", ge=0)
+    max_grad_norm: float = setting(0.5, "clip the norm of the gradient to this", gt=0)
+    update_epochs: int = setting(5, "passes over each rollout", ge=1)
+    minibatch_size: int = setting(256, "rows per gradient step (B)", ge=2)
+    target_kl: float | None = setting(None, "end an update whose KL exceeds 1.5 × this", gt=0)
+
+    eval_every: int = setting(100_000, "steps between evaluations; 0: never", ge=0)
+    eval_episodes: int = setting(10, "episodes per evaluation", ge=1)
+    checkpoint_every: int = setting(0, "steps between kept step_N.pt; 0: keep none", ge=0)
+    record_every: int = setting(0, "steps between videos; 0: only at the end", ge=0)
+    tensorboard: bool = setting(False, "write metrics for TensorBoard too")
+    stop_when_solved: bool = setting(False, "stop as soon as the run is solved")
+
+    def __post_init__(self):
         if not self.clip_reward[0] < self.clip_reward[1]:
             raise UserError(f"--clip-reward is {self.clip_reward}: it must be LOW < HIGH")
         if self.minibatch_size > self.batch_size:
-            most = f"at most the batch, num_envs × rollout_steps = {self.batch_size}"
-            raise UserError(f"--minibatch-size is {self.minibatch_size}: it must be {most}")
+            rule = f"it must be at most num_envs × rollout_steps = {self.batch_size}"
+            raise UserError(f"--minibatch-size is {self.minibatch_size}: {rule}")
 
     @classmethod
     def for_env(cls, env: str = "BipedalWalker-v3", **settings: Any) -> Config:
@@ -207,20 +197,25 @@ class Config(Checked):
 
     @property
     def batch_size(self) -> int:
-        """Steps of one iteration of one process, T × N."""
+        """Steps per iteration of one process, T × N."""
         return self.num_envs * self.rollout_steps
 
     @property
+    def steps_per_iteration(self) -> int:
+        """Steps per iteration of all processes."""
+        return self.batch_size * rank_and_world_size()[1]
+
+    @property
     def num_iterations(self) -> int:
-        return math.ceil(self.total_timesteps / (self.batch_size * process()[1]))
+        return math.ceil(self.total_timesteps / self.steps_per_iteration)
 
     @property
     def num_minibatches(self) -> int:
-        """Never more than there are transitions where every second row is a reset row."""
+        """Gradient steps per epoch; none is empty even if every second row is a reset row."""
         return max(self.batch_size // max(self.minibatch_size, 3), 1)
 
     @property
-    def env_options(self) -> dict[str, Any]:
+    def env_options(self) -> dict:
         """`env_kwargs` as keyword arguments: Python literals where they parse, else strings."""
         options = dict(pair.split("=", 1) for pair in self.env_kwargs)
         for key, value in options.items():
@@ -229,101 +224,66 @@ class Config(Checked):
         return options
 
 
-# Only what differs from the defaults above; tests/benchmarks/TUNING.md has what was tried.
-FLAT = dict(total_timesteps=3_000_000, num_envs=64, minibatch_size=2048, failure_reward=-100.0)
-# what stands in FLAT so far is common to both
-HARD = FLAT | dict(total_timesteps=20_000_000, rollout_steps=128, clip_reward=(-1.0, 10.0))
-HARD |= dict(lr_schedule="adaptive", learning_rate=1e-3, entropy_coef=0.006, max_grad_norm=5.0)
-FLAT |= dict(learning_rate=2e-3, gamma=0.995, gae_lambda=0.975, init_std=0.7, update_epochs=10)
-MUJOCO = dict(update_epochs=10, minibatch_size=64, init_std=0.5, max_grad_norm=1.0)
-PRESETS = {"BipedalWalker-v3": FLAT, "BipedalWalkerHardcore-v3": HARD, "Walker2d-v5": MUJOCO}
-PRESETS["HalfCheetah-v5"] = MUJOCO | dict(gamma=0.98, gae_lambda=0.92, init_std=0.4)
-PRESETS["Humanoid-v5"] = dict(total_timesteps=10_000_000, update_epochs=10, max_grad_norm=1.0)
-PRESETS["Humanoid-v5"] |= dict(init_std=0.2, gamma=0.97, lr_schedule="adaptive", desired_kl=0.015)
-PRESETS["LunarLander-v3"] = dict(num_envs=16, gamma=0.999, gae_lambda=0.98, learning_rate=1e-3)
-PRESETS["CarRacing-v3"] = dict(total_timesteps=300_000, init_std=0.2, update_epochs=10)
-PRESETS["CarRacing-v3"] |= dict(actor_hidden=(256,), critic_hidden=(256,))
+# Only what differs from the defaults above. tests/benchmarks/TUNING.md tells what was tried.
+PRESETS: dict = {
+    "BipedalWalker-v3": {
+        "total_timesteps": 3_000_000, "num_envs": 64, "minibatch_size": 2048, "update_epochs": 10,
+        "learning_rate": 2e-3, "gamma": 0.995, "gae_lambda": 0.975, "failure_reward": -100.0,
+        "init_std": 0.7,
+    },
+    "BipedalWalkerHardcore-v3": {
+        "total_timesteps": 20_000_000, "num_envs": 64, "rollout_steps": 128, "minibatch_size": 2048,
+        "lr_schedule": "adaptive", "learning_rate": 1e-3, "max_grad_norm": 5.0,
+        "failure_reward": -100.0, "clip_reward": (-1.0, 10.0), "entropy_coef": 0.006,
+    },
+    "HalfCheetah-v5": {
+        "update_epochs": 10, "minibatch_size": 64, "max_grad_norm": 1.0, "init_std": 0.4,
+        "gamma": 0.98, "gae_lambda": 0.92,
+    },
+    "Walker2d-v5": {
+        "update_epochs": 10, "minibatch_size": 64, "max_grad_norm": 1.0, "init_std": 0.5,
+    },
+    "Humanoid-v5": {
+        "total_timesteps": 10_000_000, "update_epochs": 10, "lr_schedule": "adaptive",
+        "desired_kl": 0.015, "max_grad_norm": 1.0, "gamma": 0.97, "init_std": 0.2,
+    },
+    "LunarLander-v3": {"num_envs": 16, "learning_rate": 1e-3, "gamma": 0.999, "gae_lambda": 0.98},
+    "CarRacing-v3": {
+        "total_timesteps": 300_000, "update_epochs": 10, "init_std": 0.2,
+        "actor_hidden": (256,), "critic_hidden": (256,),
+    },
+}  # fmt: skip
 
 
-def plain_settings(config: Config) -> dict[str, Any]:
-    """What a config.json and a checkpoint hold: all settings but `out`, which is where they lie."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k != "out"}
-
-
-def checked(kind: Callable, values: dict[str, Any], source: str | Path) -> Any:
-    """`kind`, of plain values as JSON or a checkpoint holds them. UserError names `source`."""
-    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "_about"}
-    with explained(UserError, str(source), UserError, TypeError):  # a name may be no string
-        return kind(**plain)
+def saved_settings(config: Config) -> dict:
+    """What config.json and checkpoints hold: all settings but `out`, which is where they lie."""
+    return {name: value for name, value in vars(config).items() if name != "out"}
 
 
 # ==== 2. Environments =============================================================================
 
-TRAIN, EVALUATE, CONFIRM, VIDEO, TEST, LEARN = range(6)  # streams of seeds
+# streams of seeds
+TRAIN, EVALUATE, CONFIRM, VIDEO, TEST, LEARN = range(6)
 
 
 def env_seeds(seed: int, stream: int, count: int, rank: int = 0, step: int = 0) -> list[int]:
-    """`count` seeds of one stream; the first k are the same whatever `count` is.
+    """`count` seeds of one stream; the first k are the same for every `count`.
 
     Consecutive integers would make runs with seeds 1 and 2 share all worlds but one.
     """
-    entropy = np.random.SeedSequence([seed, stream, rank, step])
-    return [int(word) >> 1 for word in entropy.generate_state(count)]  # 31 bits: EnvPool's limit
+    words = np.random.SeedSequence([seed, stream, rank, step]).generate_state(count)
+    return [int(word) >> 1 for word in words]  # 31 bits: EnvPool's limit
 
 
-def seed_everything(seed: int, rank: int, step: int) -> None:
-    """Python's, NumPy's and torch's generators, as a function of the run's seed, rank and step.
+def seed_everything(seed: int, rank: int, step: int):
+    """Seed Python, NumPy and torch from the run's seed, the rank and the absolute step.
 
-    Done before every iteration, so that a resumed run draws what it would have drawn.
+    Called before every iteration, so that a resumed run draws what it would have drawn.
     """
-    word = env_seeds(seed, LEARN, 1, rank, step)[0]
+    [word] = env_seeds(seed, LEARN, 1, rank, step)
     random.seed(word)
     np.random.seed(word)
     torch.manual_seed(word)
-
-
-class Reporting(gym.Wrapper):
-    """Says which environment it is that raises, or whose numbers are not finite."""
-
-    def __init__(self, env: gym.Env, name: str) -> None:
-        super().__init__(env)
-        self.name = name
-
-    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        return self._run(self.env.reset, **kwargs)
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        return self._run(self.env.step, action)
-
-    def render(self) -> Any:
-        return self._run(self.env.render)
-
-    def _run(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        try:
-            result = function(*args, **kwargs)
-            numbers = result[: len(result) // 2] if isinstance(result, tuple) else ()
-            if not all(np.isfinite(part).all() for part in numbers):  # obs; or obs, reward
-                raise ValueError("an observation or reward is not finite")
-            return result
-        except Exception as error:  # whatever a stranger's code raises
-            raise EnvironmentFailure(f"{self.name}: {error!r}") from error
-
-
-def make_env(config: Config, render_mode: str | None = None, name: str = "environment") -> gym.Env:
-    """One environment of the run. UserError where Gymnasium cannot make it or PPO cannot use it."""
-    options = config.env_options | ({"render_mode": render_mode} if render_mode else {})
-    with explained(UserError, f"--env {config.env} cannot be made", Exception):  # not our code
-        with warnings.catch_warnings(action="ignore"):  # what is wrong is said in one line
-            env = gym.make(config.env, disable_env_checker=True, **options)
-    if is_image(env.observation_space):  # grey, half as large, four in a row: they show speed
-        small = Box(0, 255, grey_half(env.observation_space.low).shape, np.uint8)
-        env = gym.wrappers.TransformObservation(env, grey_half, small)
-        env = gym.wrappers.FrameStackObservation(env, 4)
-    elif not is_vector(env.observation_space):
-        raise UserError(f"--env {config.env}: its observations are no float vector, nor an image")
-    if not is_vector(env.action_space) and not isinstance(env.action_space, Discrete):
-        raise UserError(f"--env {config.env}: its actions are no float vector, nor Discrete")
-    return Reporting(env, name)
 
 
 def is_vector(space: gym.Space) -> bool:
@@ -331,196 +291,301 @@ def is_vector(space: gym.Space) -> bool:
 
 
 def is_image(space: gym.Space) -> bool:
-    """Height, width and colours, large enough for the convolutions."""
+    """Whether it is (height, width, colours), large enough for the convolutions."""
     fits = isinstance(space, Box) and len(space.shape) == 3 and space.dtype == np.uint8
     return fits and min(space.shape[:2]) >= 40
 
 
 def grey_half(image: np.ndarray) -> np.ndarray:
-    """Every second pixel of (H, W, 3), without its colour."""
-    return image[::2, ::2].mean(-1).astype(np.uint8)
+    """(H, W, 3) to (H / 2, W / 2): every second pixel, without its colour."""
+    return image[::2, ::2].mean(axis=-1).astype(np.uint8)
 
 
-def _worker_env(config: Config, name: str) -> gym.Env:
-    """An environment of a vector; in a process of its own, it ends with the main one, not before.
+def env_name(index: int, seed: int) -> str:
+    """How messages refer to one environment of a vector."""
+    return f"environment {index}, first reset with seed {seed}"
 
-    Signals are for the main process, which ends the others; a killed one must leave no orphans.
+
+class NamedEnv(gym.Wrapper):
+    """Turns what an environment raises into an EnvironmentFailure that says which one it was."""
+
+    def __init__(self, env: gym.Env, name: str):
+        super().__init__(env)
+        self.name = name
+
+    def reset(self, **kwargs):
+        return self._call(self.env.reset, **kwargs)
+
+    def step(self, action):
+        return self._call(self.env.step, action)
+
+    def render(self):
+        return self._call(self.env.render)
+
+    def _call(self, function, *args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:  # the environment is not our code
+            raise EnvironmentFailure(f"{self.name}: {error!r}") from error
+
+
+def make_env(config: Config, render_mode=None, name="environment") -> gym.Env:
+    """One environment of the run. UserError if Gymnasium cannot make it or PPO cannot use it."""
+    options = config.env_options
+    if render_mode is not None:
+        options["render_mode"] = render_mode
+    # not our code
+    with reraise_as(UserError, f"--env {config.env} cannot be made", Exception):
+        # the error says it all in one line
+        with warnings.catch_warnings(action="ignore"):
+            env = gym.make(config.env, disable_env_checker=True, **options)
+    if is_image(env.observation_space):  # four in a row show speed
+        small = Box(0, 255, grey_half(env.observation_space.low).shape, np.uint8)
+        env = gym.wrappers.TransformObservation(env, grey_half, small)
+        env = gym.wrappers.FrameStackObservation(env, 4)
+    elif not is_vector(env.observation_space):
+        raise UserError(f"--env {config.env}: observations must be a float vector or an image")
+    if not (is_vector(env.action_space) or isinstance(env.action_space, Discrete)):
+        raise UserError(f"--env {config.env}: actions must be a float vector or Discrete")
+    return NamedEnv(env, name)
+
+
+class WorkerVectorEnv(AsyncVectorEnv):
+    """AsyncVectorEnv that waits neither for a worker that hangs nor, in the end, for any."""
+
+    def __init__(self, makers, timeout: float):
+        super().__init__(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+        self.timeout = timeout
+
+    def reset_wait(self, timeout=None):
+        return super().reset_wait(self.timeout)
+
+    def step_wait(self, timeout=None):
+        return super().step_wait(self.timeout)
+
+    def close_extras(self, **_kwargs):
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+# what a WorkerVectorEnv raises if a worker hangs or has died
+WORKER_ERRORS = (multiprocessing.TimeoutError, EOFError, ConnectionError)
+
+
+def make_worker_env(config: Config, name: str) -> gym.Env:
+    """An environment in a process of its own, which ends with the main one, and not before it.
+
+    Signals are for the main process, which ends its workers; if it is killed, none may live on.
     """
-    if (main := multiprocessing.parent_process()) is not None:
+    main = multiprocessing.parent_process()
+    # None: AsyncVectorEnv makes one in the main process too, for its spaces
+    if main is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if hasattr(os, "setpgid"):  # not on Windows
             os.setpgid(0, 0)
-        threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
+        threading.Thread(target=exit_after, args=(main,), daemon=True).start()
     return make_env(config, name=name)
 
 
-def make_vector_env(config: Config, seeds: Sequence[int]) -> tuple[VectorEnv, np.ndarray]:
-    """N environments with NEXT_STEP autoreset, and their first observations (N, O).
+def exit_after(process):
+    process.join()
+    os._exit(1)
+
+
+def make_envpool(config: Config, env: gym.Env, seeds: Sequence[int]) -> VectorEnv:
+    """EnvPool's environments, or what a registered `vector_entry_point` builds around them."""
+    with reraise_as(UserError, "--vector-env envpool needs `pip install envpool`", ImportError):
+        import envpool
+    if config.env in envpool.list_all_envs():
+        make = envpool.make_gymnasium
+    else:
+        make = env.spec.vector_entry_point
+    if not callable(make) or not is_vector(env.observation_space):
+        raise UserError(f"--vector-env envpool has no {config.env}, or no vectors: use sync")
+    threads = max(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+    options = {"num_envs": config.num_envs, "seed": list(seeds), "num_threads": threads}
+    return make(config.env, **options, **config.env_options)
+
+
+def make_vector_env(config: Config, env: gym.Env, seeds) -> tuple[VectorEnv, np.ndarray]:
+    """N environments like `env` with NEXT_STEP autoreset; their first observations (N, *O).
 
     The row after an episode's end ignores its action, has reward 0 and is no transition.
     """
-    single, first = make_env(config), {"seed": seeds}
-    names = [f"environment {i}, first reset with seed {seed}" for i, seed in enumerate(seeds)]
     if config.vector_env == "envpool":
-        with explained(UserError, "--vector-env envpool needs `pip install envpool`", ImportError):
-            import envpool
-        known = config.env in envpool.list_all_envs()  # a wrapper can make its own around one
-        make = envpool.make_gymnasium if known else single.spec.vector_entry_point
-        if not callable(make) or not is_vector(single.observation_space):
-            raise UserError(f"--vector-env envpool has no {config.env}, or no vectors: use sync")
-        threads = max(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
-        how = {"num_envs": config.num_envs, "seed": list(seeds), "num_threads": threads}
-        envs, first = make(config.env, **how, **config.env_options), {}
+        envs = make_envpool(config, env, seeds)
+        return envs, envs.reset()[0]
+    names = [env_name(i, seed) for i, seed in enumerate(seeds)]
+    if config.vector_env == "sync":
+        makers = [functools.partial(make_env, config, name=name) for name in names]
+        envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
     else:
-        make = [lambda name=name: _worker_env(config, name) for name in names]
-        vector = SyncVectorEnv if config.vector_env == "sync" else AsyncVectorEnv
-        envs = vector(make, autoreset_mode=AutoresetMode.NEXT_STEP)
-    envs.names = names
-    envs.restart_at = np.array(seeds) % (single.spec.max_episode_steps or sys.maxsize)
-    if config.vector_env == "async":  # by themselves they would wait for ever
-        envs.reset_wait = lambda limit=config.step_timeout, wait=envs.reset_wait: wait(limit)
-        envs.step_wait = lambda limit=config.step_timeout, wait=envs.step_wait: wait(limit)
-    return envs, ask(envs, envs.reset, **first)[0]
-
-
-def ask(envs: VectorEnv, function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """What the environments answer. EnvironmentFailure says whose process hangs or has died."""
+        makers = [functools.partial(make_worker_env, config, name) for name in names]
+        envs = WorkerVectorEnv(makers, config.step_timeout)
     try:
-        return function(*args, **kwargs)
-    except (multiprocessing.TimeoutError, EOFError, ConnectionError):
-        time.sleep(0.1)  # let one that is dying end
-        dead = [not process.is_alive() for process in envs.processes]
-        late = [not pipe.poll() for pipe in envs.parent_pipes]
-        index, what = np.argmax(dead if any(dead) else late), "has died" if any(dead) else "hangs"
-        close_envs(envs)
-        raise EnvironmentFailure(f"{envs.names[index]}: its process {what}") from None
+        return envs, envs.reset(seed=list(seeds))[0]
+    except BaseException:
+        envs.close()
+        raise
 
 
-def close_envs(envs: VectorEnv) -> None:
-    """Ends worker processes the hard way: one that hangs or has died answers no polite close."""
-    for process in getattr(envs, "processes", ()):
-        process.kill()
-        process.join()
-        envs.closed = True
-    envs.close()
+def check_finite(name: str, obs: np.ndarray, reward: float = 0.0, step: int = 0):
+    """EnvironmentFailure if an environment returned a number that is not finite."""
+    for what, value in (("observation", obs), ("reward", reward)):
+        if not np.isfinite(value).all():
+            raise EnvironmentFailure(f"{name}: its {what} is not finite in step {step}")
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of all that was seen, in every process, in float64; 0 and 1 before."""
+    """Mean and variance of all rows so far, of every process, in float64; 0 and 1 before any."""
 
-    def __init__(self, config: Config, shape: tuple[int, ...] = ()) -> None:
+    def __init__(self, shape: tuple[int, ...] = ()):
         super().__init__()
-        self.config = config
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
-    def update(self, batch: Tensor) -> None:
+    def update(self, batch: Tensor):
         """Merge the rows of `batch` (B, *shape), and those of the other processes' batches.
 
-        Sums of what is left of the mean so far, so that none is large (Chan et al. 1979).
+        Sums are of distances to the mean so far, so that none is large (Chan et al. 1979).
         """
         delta = batch.double() - self.mean
         rows = sum_over_processes(self.count.new_tensor(len(batch)))
-        shift, squares = sum_over_processes(torch.stack([delta.sum(0), delta.square().sum(0)]))
-        total = (self.count + rows).clamp(min=1)  # where there are none yet: no 0 / 0
-        step = shift / total
-        self.var.copy_((self.count * self.var + squares) / total - step**2).clamp_(min=0)
-        self.mean += step
+        sums = torch.stack([delta.sum(0), delta.square().sum(0)])
+        delta_sum, square_sum = sum_over_processes(sums)
+        # no division by zero before the first row
+        total = (self.count + rows).clamp(min=1)
+        shift = delta_sum / total
+        self.var.copy_((self.count * self.var + square_sum) / total - shift**2).clamp_(min=0)
+        self.mean += shift
         self.count += rows
 
 
 class ObservationNormalizer(RunningMeanStd):
-    """Observations by their running mean and variance, clipped; images from 0 to 1 just so.
+    """Scales observations by their running mean and variance; images only to [0, 1].
 
-    Lives on the CPU, as they do. The statistics change between rollouts only: what is stored is
-    what the policy saw. In the first one they are 0 and 1, so observations are only clipped.
+    It lives on the CPU, as observations do. Its statistics change between rollouts only, so that
+    what is stored is what the policy saw.
     """
+
+    def __init__(self, config: Config, space: Box):
+        super().__init__(space.shape if is_vector(space) else ())
+        self.has_statistics = is_vector(space)
+        self.enabled = self.has_statistics and config.norm_obs
+        self.clip = config.clip_obs
 
     def normalize(self, obs: np.ndarray) -> Tensor:
         """Raw observations (B, *O) to float32."""
         obs = torch.as_tensor(obs)
-        if not (self.config.norm_obs and self.mean.ndim):
-            return obs.float() / 255 if obs.dtype == torch.uint8 else obs.float()
-        scaled = (obs - self.mean) / torch.sqrt(self.var + 1e-8)
-        return scaled.clamp_(-self.config.clip_obs, self.config.clip_obs).float()
+        if self.enabled:
+            scaled = (obs - self.mean) / torch.sqrt(self.var + 1e-8)
+            return scaled.clamp_(-self.clip, self.clip).float()
+        if obs.dtype == torch.uint8:
+            return obs.float() / 255
+        return obs.float()
 
 
 class RewardNormalizer(RunningMeanStd):
-    """Rewards by the running std of the discounted return, so that values are of order one.
+    """Divides rewards by the running std of the discounted return, so that values are near one.
 
-    Only the scale is changed, never the sign: the mean is not subtracted.
+    The mean is not subtracted: only the scale changes, never the sign.
     """
 
-    def forward(self, rewards: Tensor, valid: Tensor, running: Tensor) -> Tensor:
-        """Rewards (T, N) of a rollout, scaled; `running` (N,), each episode's return so far, moves.
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
 
-        A reset row sets the running return to zero, so every episode starts from there.
+    def normalize(self, rewards: Tensor, valid: Tensor, discounted_return: Tensor) -> Tensor:
+        """Scale the rewards (T, N) of a rollout.
+
+        `discounted_return` (N,) is that of each episode so far, and is moved on. A reset row sets
+        it to zero, so every episode starts from there.
         """
         if not self.config.norm_reward:
             return rewards
-        device, rewards, valid = rewards.device, rewards.cpu(), valid.cpu()  # sync point
-        discounted = torch.empty_like(rewards)
+        # sync point
+        device, rewards, valid = rewards.device, rewards.cpu(), valid.cpu()
+        history = torch.empty_like(rewards)
         for t in range(len(rewards)):
-            running.mul_(self.config.gamma).add_(rewards[t]).mul_(valid[t])
-            discounted[t] = running
-        self.update(discounted[valid])
+            discounted_return.mul_(self.config.gamma).add_(rewards[t]).mul_(valid[t])
+            history[t] = discounted_return
+        self.update(history[valid])
         scaled = rewards / self.scale().to(rewards.dtype)
-        return scaled.clamp_(*self.config.clip_reward).to(device)
+        low, high = self.config.clip_reward
+        return scaled.clamp_(low, high).to(device)
 
     def scale(self) -> Tensor:
         """What rewards are divided by, ()."""
-        return torch.sqrt(self.var + 1e-8) if self.config.norm_reward else torch.ones(())
+        if not self.config.norm_reward:
+            return torch.ones(())
+        return torch.sqrt(self.var + 1e-8)
 
 
 # ==== 3. Networks =================================================================================
 
 
-def orthogonal(layer: nn.Linear | nn.Conv2d, gain: float = math.sqrt(2)) -> nn.Module:
+def orthogonal(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def network(space: Box, sizes: Sequence[int], config: Config, out_gain: float) -> nn.Sequential:
-    """Linear layers with activations between; before them, for images (C, H, W), two convolutions.
+def make_network(space: Box, hidden, outputs: int, config: Config, out_gain) -> nn.Sequential:
+    """Linear layers with activations between; for images (C, H, W), two convolutions before them.
 
     Gains √2 inside and `out_gain` last: Andrychowicz et al. 2021, "What Matters In On-Policy RL".
     """
-    shape, layers = space.shape, []
-    if len(shape) == 3:  # the first two of Mnih et al. 2015, half as wide
-        layers += [orthogonal(nn.Conv2d(shape[0], 16, 8, 4)), nn.ReLU()]
-        layers += [orthogonal(nn.Conv2d(16, 32, 4, 2)), nn.ReLU(), nn.Flatten()]
-        shape = nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[1:]
-    for inputs, size in itertools.pairwise([*shape, *sizes[:-1]]):
-        norm = [nn.LayerNorm(size)] * config.layer_norm
-        layers += [orthogonal(nn.Linear(inputs, size)), *norm, ACTIVATIONS[config.activation]()]
-    return nn.Sequential(*layers, orthogonal(nn.Linear(*sizes[-2:]), out_gain))
+    layers: list[nn.Module] = []
+    inputs = space.shape[0]
+    # the first two layers of Mnih et al. 2015, half as wide
+    if len(space.shape) == 3:
+        layers += [orthogonal(nn.Conv2d(inputs, 16, 8, stride=4)), nn.ReLU()]
+        layers += [orthogonal(nn.Conv2d(16, 32, 4, stride=2)), nn.ReLU(), nn.Flatten()]
+        inputs = nn.Sequential(*layers)(torch.zeros(1, *space.shape)).shape[1]
+    for size in hidden:
+        layers.append(orthogonal(nn.Linear(inputs, size)))
+        if config.layer_norm:
+            layers.append(nn.LayerNorm(size))
+        layers.append(ACTIVATIONS[config.activation]())
+        inputs = size
+    layers.append(orthogonal(nn.Linear(inputs, outputs), out_gain))
+    return nn.Sequential(*layers)
 
 
 class ActorCritic(nn.Module):
     """A policy, Gaussian or for Discrete actions categorical, and a value function: two networks.
 
-    Observations are normalised already, (B, *O); actions are unclipped, (B, A), or numbers, (B,).
+    Observations (B, *O) are normalized; actions are unclipped (B, A), or numbers (B,).
     """
 
-    def __init__(self, obs: Box, actions: Box | Discrete, config: Config) -> None:
+    def __init__(self, obs_space: Box, action_space: Box | Discrete, config: Config):
         super().__init__()
-        self.discrete, self.config = isinstance(actions, Discrete), config
-        outputs = int(actions.n) if self.discrete else actions.shape[0]
-        wide = outputs * (1 + (config.state_dependent_std and not self.discrete))
-        self.actor = network(obs, [*config.actor_hidden, wide], config, out_gain=0.01)
-        self.critic = network(obs, [*config.critic_hidden, 1], config, out_gain=1.0)
+        self.config = config
+        self.discrete = isinstance(action_space, Discrete)
+        outputs = int(action_space.n) if self.discrete else action_space.shape[0]
+        self.state_dependent_std = config.state_dependent_std and not self.discrete
+        actor_outputs = 2 * outputs if self.state_dependent_std else outputs
+        self.actor = make_network(obs_space, config.actor_hidden, actor_outputs, config, 0.01)
+        self.critic = make_network(obs_space, config.critic_hidden, 1, config, 1.0)
         if not self.discrete:
-            raw_std = math.log(math.expm1(config.init_std))  # softplus⁻¹
+            # the inverse of softplus
+            raw_std = math.log(math.expm1(config.init_std))
             self.raw_std = nn.Parameter(torch.full((outputs,), raw_std))
 
-    def distribution(self, obs: Tensor) -> torch.distributions.Distribution:
+    def distribution(self, obs: Tensor):
+        """The policy at normalized observations, a torch.distributions object."""
+        outputs = self.actor(obs)
         if self.discrete:
-            return torch.distributions.Categorical(logits=self.actor(obs), validate_args=False)
-        mean, *by_state = self.actor(obs).split(len(self.raw_std), dim=-1)
-        mean = mean.tanh() if self.config.mean_activation == "tanh" else mean
-        std = nn.functional.softplus(self.raw_std + sum(by_state)).expand_as(mean)
+            return torch.distributions.Categorical(logits=outputs, validate_args=False)
+        mean, raw_std = outputs, self.raw_std
+        if self.state_dependent_std:
+            mean, change = outputs.chunk(2, dim=-1)
+            raw_std = raw_std + change
+        if self.config.mean_activation == "tanh":
+            mean = mean.tanh()
+        std = nn.functional.softplus(raw_std).expand_as(mean)
         normal = torch.distributions.Normal(mean, std, validate_args=False)
         return torch.distributions.Independent(normal, 1, validate_args=False)
 
@@ -531,22 +596,23 @@ class ActorCritic(nn.Module):
         return actions, distribution.log_prob(actions)
 
     def evaluate_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (B,) of given actions under the policy now, and its entropies (B,)."""
+        """Log-probabilities (B,) of given actions under the current policy; its entropies (B,)."""
         distribution = self.distribution(obs)
         return distribution.log_prob(actions), distribution.entropy()
 
     def value(self, obs: Tensor) -> Tensor:
-        """Expected discounted return of normalised rewards, (B, *O) -> (B,)."""
+        """Expected discounted return of normalized rewards, (B, *O) -> (B,)."""
         return self.critic(obs).squeeze(-1)
 
     def mean_action(self, obs: Tensor) -> Tensor:
-        """The deterministic policy: the mean, or the likeliest."""
+        """Actions of the deterministic policy: the mean, or the likeliest."""
         return self.distribution(obs).mode
 
 
 def env_actions(actions: Tensor, space: Box | Discrete) -> np.ndarray:
-    """As environments take them: clipped to a Box, or a Discrete's own numbers."""
-    array = actions.cpu().numpy()  # sync point: the environments are on the CPU
+    """Actions as environments take them: clipped to a Box, or a Discrete's own numbers."""
+    # sync point: the environments are on the CPU
+    array = actions.cpu().numpy()
     if isinstance(space, Discrete):
         return array.astype(np.int64) + space.start
     return np.clip(array, space.low, space.high)
@@ -556,63 +622,86 @@ def env_actions(actions: Tensor, space: Box | Discrete) -> np.ndarray:
 
 
 class Rollout:
-    """T steps of N environments, preallocated on the device, and what goes over to the next T."""
+    """T steps of N environments, preallocated on the device, and what outlasts them."""
 
-    def __init__(self, config: Config, obs: Tensor, actions: Box | Discrete) -> None:
+    def __init__(self, config: Config, env: gym.Env, seeds, first_obs: Tensor):
         T, N = config.rollout_steps, config.num_envs
-        self.obs = obs.new_zeros(T + 1, *obs.shape)  # row t + 1 is what step t returned
-        self.obs[-1] = obs  # (N, *O) the first ones, normalised
-        self.actions = obs.new_zeros(T, N, *actions.shape)  # unclipped
-        self.logprobs, self.rewards = obs.new_zeros(2, T, N)  # rewards: raw
-        # valid: False on reset rows
-        self.terminated, self.truncated, self.valid = obs.new_zeros(3, T, N, dtype=torch.bool)
+        self.obs = first_obs.new_zeros(T + 1, *first_obs.shape)  # row t + 1: what step t returned
+        self.obs[-1] = first_obs  # (N, *O)
+        # unclipped
+        self.actions = first_obs.new_zeros(T, N, *env.action_space.shape)
+        self.logprobs = first_obs.new_zeros(T, N)
+        self.rewards = first_obs.new_zeros(T, N)  # raw
+        self.terminated = first_obs.new_zeros(T, N, dtype=torch.bool)
+        self.truncated = first_obs.new_zeros(T, N, dtype=torch.bool)
+        # False on reset rows
+        self.valid = first_obs.new_zeros(T, N, dtype=torch.bool)
 
-        self.ended = np.zeros(N, dtype=bool)  # whether the step before ended an episode
-        self.episode_return, self.episode_length = np.zeros(N), np.zeros(N, dtype=np.int64)
-        self.discounted = torch.zeros(N)  # the reward normaliser's running return
+        # whether the last step ended an episode
+        self.ended = np.zeros(N, dtype=bool)
+        self.episode_return = np.zeros(N)
+        self.episode_length = np.zeros(N, dtype=np.int64)
+        # for the reward normalizer
+        self.discounted_return = torch.zeros(N)
+        self.seeds = np.array(seeds)
+        # when each environment's first long episode is cut, see stagger_episode_starts
+        self.restart_at = self.seeds % (env.spec.max_episode_steps or sys.maxsize)
+
+    def check_finite(self, obs: np.ndarray, rewards: np.ndarray):
+        """EnvironmentFailure that names the first environment whose numbers are not finite."""
+        if not (np.isfinite(obs).all() and np.isfinite(rewards).all()):
+            for i, seed in enumerate(self.seeds):
+                check_finite(env_name(i, seed), obs[i], rewards[i], self.episode_length[i])
 
 
-def restart_some(envs: VectorEnv, normalizer: ObservationNormalizer, rollout: Rollout) -> None:
-    """Begin anew, once, each environment whose episode is as long as a random length of its own.
+def stagger_episode_starts(envs: VectorEnv, normalizer, rollout: Rollout):
+    """Restart each environment once, when its episode reaches a random length of its own.
 
-    What learns to survive together would otherwise start, walk and end together ever after, and
-    most batches would hold no start. The cut is between rollouts, so it is bootstrapped already.
+    Environments that learn to survive together would otherwise start, walk and end together ever
+    after, and most batches would hold no start. The cut falls between two rollouts, where the
+    return is bootstrapped anyway.
     """
-    due = (rollout.episode_length >= envs.restart_at) & ~rollout.ended
-    if due.any():
-        obs, _ = ask(envs, envs.reset, options={"reset_mask": due})
-        obs = obs[due] if len(obs) == len(due) else obs  # EnvPool returns only those
-        rollout.obs[-1, due] = normalizer.normalize(obs).to(rollout.obs.device)
-        envs.restart_at[due] = sys.maxsize
-        rollout.episode_return[due] = rollout.episode_length[due] = rollout.discounted[due] = 0
+    due = (rollout.episode_length >= rollout.restart_at) & ~rollout.ended
+    if not due.any():
+        return
+    obs, _ = envs.reset(options={"reset_mask": due})
+    if len(obs) == len(due):  # EnvPool returns only those that it reset
+        obs = obs[due]
+    rollout.obs[-1, due] = normalizer.normalize(obs).to(rollout.obs.device)
+    rollout.restart_at[due] = sys.maxsize
+    rollout.episode_return[due] = rollout.episode_length[due] = 0
+    rollout.discounted_return[due] = 0
 
 
 @torch.no_grad()
 def collect_rollout(envs: VectorEnv, agent, normalizer, rollout) -> list[tuple[float, int]]:
-    """Fill `rollout` with its next T steps; raw (return, length) of the episodes that ended.
+    """Fill `rollout` with the next T steps; returns (return, length) of episodes that ended, raw.
 
-    The normaliser learns from what the steps returned only at the end.
+    The normalizer learns from the observations only at the end.
     """
     episodes, raw_obs = [], []
-    restart_some(envs, normalizer, rollout)
+    stagger_episode_starts(envs, normalizer, rollout)
     rollout.obs[0] = rollout.obs[-1]
     for t in range(len(rollout.rewards)):
         rollout.valid[t] = torch.from_numpy(~rollout.ended)
         rollout.actions[t], rollout.logprobs[t] = agent.act(rollout.obs[t])
         actions = env_actions(rollout.actions[t], envs.single_action_space)
-        obs, rewards, terminated, truncated, _ = ask(envs, envs.step, actions)
+        obs, rewards, terminated, truncated, _ = envs.step(actions)
+        rollout.episode_return += rewards
+        rollout.episode_length += ~rollout.ended
+        rollout.check_finite(obs, rewards)
+
         raw_obs.append(torch.from_numpy(obs))
         rollout.obs[t + 1] = normalizer.normalize(obs)
         rollout.rewards[t] = torch.from_numpy(rewards)
-        rollout.terminated[t], rollout.truncated[t] = map(torch.from_numpy, (terminated, truncated))
+        rollout.terminated[t] = torch.from_numpy(terminated)
+        rollout.truncated[t] = torch.from_numpy(truncated)
 
-        rollout.episode_return += rewards
-        rollout.episode_length += ~rollout.ended
         rollout.ended = terminated | truncated
         for i in np.flatnonzero(rollout.ended):
             episodes.append((float(rollout.episode_return[i]), int(rollout.episode_length[i])))
             rollout.episode_return[i] = rollout.episode_length[i] = 0
-    if normalizer.mean.ndim:  # images have none
+    if normalizer.has_statistics:
         normalizer.update(torch.cat(raw_obs))
     return episodes
 
@@ -621,695 +710,843 @@ def collect_rollout(envs: VectorEnv, agent, normalizer, rollout) -> list[tuple[f
 
 
 def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, equation 16) under two endings.
+    """Generalized advantage estimation (Schulman et al. 2016, equation 16) with two endings.
 
     Tensors rewards, terminated, truncated: (T, N); values: (T + 1, N), where values[t + 1] is the
     value of the observation that step t returned: the true last one where an episode ended.
     Termination stops the bootstrap; either ending stops the λ-trace. Returns advantages and
     returns, (T, N); on reset rows they are unspecified.
     """
-    alive = (~terminated).to(values.dtype)
-    traced = (~(terminated | truncated)).to(values.dtype)
-    advantages = rewards + gamma * values[1:] * alive - values[:-1]  # δ_t
+    nonterminal = (~terminated).to(values.dtype)
+    continues = (~(terminated | truncated)).to(values.dtype)
+    advantages = rewards + gamma * values[1:] * nonterminal - values[:-1]  # δ_t
     for t in reversed(range(len(rewards) - 1)):  # A_t = δ_t + γλ A_{t+1}
-        advantages[t] += gamma * gae_lambda * traced[t] * advantages[t + 1]
+        advantages[t] += gamma * gae_lambda * continues[t] * advantages[t + 1]
     return advantages, advantages + values[:-1]
 
 
 class Batch(NamedTuple):
-    """The transitions of one rollout, or of a minibatch; reset rows are left out. B rows."""
+    """The transitions of a rollout, or of a minibatch, without reset rows. B rows."""
 
-    obs: Tensor  # (B, *O) normalised
+    obs: Tensor  # (B, *O) normalized
     actions: Tensor  # (B, A) unclipped, or (B,) numbers
     logprobs: Tensor  # (B,) when collected
     values: Tensor  # (B,) when collected
-    advantages: Tensor  # (B,) of mean 0 and std 1 over the rollout
+    advantages: Tensor  # (B,) with mean 0 and std 1 over the rollout
     returns: Tensor  # (B,)
+
+    def select(self, rows: Tensor) -> Batch:
+        return Batch._make(tensor[rows] for tensor in self)
 
 
 @torch.no_grad()
 def make_batch(rollout: Rollout, agent: ActorCritic, rewards: Tensor, config: Config) -> Batch:
-    """Values in one pass, advantages and returns of `rewards` (T, N); reset rows dropped last."""
+    """Advantages and returns of normalized `rewards` (T, N), then drop the reset rows."""
     values = agent.value(rollout.obs.flatten(0, 1)).view(len(rollout.obs), -1)  # (T + 1, N)
+    # an episode that ends well goes on in the value, as if it were truncated
     failed = rollout.terminated & (rollout.rewards <= config.failure_reward)
-    cut = rollout.truncated | rollout.terminated  # what ends well goes on in the value
+    cut = rollout.truncated | rollout.terminated
     advantages, returns = compute_gae(rewards, values, failed, cut, config.gamma, config.gae_lambda)
-    rows = (rollout.obs[:-1], rollout.actions, rollout.logprobs, values[:-1], advantages, returns)
-    batch = Batch(*(tensor[rollout.valid] for tensor in rows))
-    seen = RunningMeanStd(config)
-    seen.update(batch.advantages.cpu())  # sync point
-    advantages = (batch.advantages - seen.mean) / (seen.var.sqrt() + 1e-8)
-    return batch._replace(advantages=advantages)
+
+    valid = rollout.valid
+    statistics = RunningMeanStd()  # over all processes
+    statistics.update(advantages[valid].cpu())  # sync point
+    normalized = (advantages[valid] - statistics.mean) / (statistics.var.sqrt() + 1e-8)
+    return Batch(
+        obs=rollout.obs[:-1][valid],
+        actions=rollout.actions[valid],
+        logprobs=rollout.logprobs[valid],
+        values=values[:-1][valid],
+        advantages=normalized,
+        returns=returns[valid],
+    )
 
 
 # ==== 6. Update ===================================================================================
 
-Metrics = dict[str, float]  # names of CSV columns to values
-LOSS_METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
 
+def ppo_loss(batch: Batch, logprobs, entropy, values, config: Config) -> tuple[Tensor, dict]:
+    """The clipped objective (Schulman et al. 2017, equations 7 and 9) of the rows of `batch`.
 
-def ppo_loss(batch: Batch, logprobs, entropy, values, config: Config) -> tuple[Tensor, Tensor]:
-    """The clipped objective (Schulman et al. 2017, equations 7 and 9) of rows `batch`.
-
-    Tensors logprobs, entropy, values: (B,), of the networks as they are now. Returns the loss and,
-    detached, LOSS_METRICS stacked.
+    Tensors logprobs, entropy, values: (B,), of the networks as they are now. Returns the loss and
+    its metrics, detached.
     """
     log_ratio = logprobs - batch.logprobs
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps)
-    policy_loss = -torch.min(ratio * batch.advantages, clipped * batch.advantages).mean()
+    clipped_ratio = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps)
+    objective = torch.min(ratio * batch.advantages, clipped_ratio * batch.advantages)
+    policy_loss = -objective.mean()
+
     errors = (values - batch.returns).square()
-    if config.clip_value_eps is not None:  # the worse of the two, as in OpenAI's baselines
-        near = (values - batch.values).clamp(-config.clip_value_eps, config.clip_value_eps)
-        errors = errors.maximum((batch.values + near - batch.returns).square())
+    # the worse of the two, as in OpenAI's baselines
+    if config.clip_value_eps is not None:
+        change = (values - batch.values).clamp(-config.clip_value_eps, config.clip_value_eps)
+        errors = errors.maximum((batch.values + change - batch.returns).square())
     value_loss = 0.5 * errors.mean()
-    loss = policy_loss + config.value_coef * value_loss - config.entropy_coef * entropy.mean()
-    approx_kl = (ratio - 1 - log_ratio).mean()  # k3 of Schulman 2020, "Approximating KL"
-    clip_fraction = ((ratio - 1).abs() > config.clip_eps).float().mean()
-    metrics = torch.stack([policy_loss, value_loss, entropy.mean(), approx_kl, clip_fraction])
-    return loss, metrics.detach()
+
+    mean_entropy = entropy.mean()
+    loss = policy_loss + config.value_coef * value_loss - config.entropy_coef * mean_entropy
+    metrics = {
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "entropy": mean_entropy,
+        # k3 of Schulman 2020, "Approximating KL Divergence"
+        "approx_kl": (ratio - 1 - log_ratio).mean(),
+        "clip_fraction": ((ratio - 1).abs() > config.clip_eps).float().mean(),
+    }
+    return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def minibatch_loss(agent: ActorCritic, batch: Batch, config: Config) -> tuple[Tensor, Tensor]:
+def minibatch_loss(agent: ActorCritic, batch: Batch, config: Config) -> tuple[Tensor, dict]:
     """`ppo_loss` of the networks as they are now: the part of an update that can be compiled."""
     logprobs, entropy = agent.evaluate_actions(batch.obs, batch.actions)
     return ppo_loss(batch, logprobs, entropy, agent.value(batch.obs), config)
 
 
-def adapt_learning_rates(optimizer: optim.Optimizer, kl: Tensor, desired_kl: float) -> None:
-    """Steer the KL of an update, in place and without a sync point (rsl_rl's rule).
+def adapt_learning_rates(optimizer: optim.Optimizer, kl: Tensor, desired_kl: float):
+    """Steer the KL of an update, in place and without a sync point (the rule of rsl_rl).
 
     A KL of exactly zero is the first minibatch, where the policy is still the old one.
     """
-    slower, faster = kl > 2 * desired_kl, (kl < desired_kl / 2) & (kl > 0)
+    slower = (kl > 2 * desired_kl).float()
+    faster = ((kl < desired_kl / 2) & (kl > 0)).float()
     for group in optimizer.param_groups:
-        group["lr"].mul_(1.5 ** (faster.float() - slower.float())).clamp_(1e-5, 1e-2)
+        group["lr"].mul_(1.5 ** (faster - slower)).clamp_(1e-5, 1e-2)
 
 
-def average_gradients(agent: ActorCritic, metrics: Tensor, rows: int) -> Tensor:
-    """Gradients and `metrics` as means over the rows of all processes, in one flat all-reduce."""
+def average_over_processes(agent: ActorCritic, metrics: dict, rows: int) -> dict[str, Tensor]:
+    """Gradients and metrics as means over the rows of all processes, in one flat all-reduce."""
     if not dist.is_initialized():
         return metrics
     gradients = [p.grad for p in agent.parameters()]
-    flat = nn.utils.parameters_to_vector([*gradients, metrics, metrics.new_ones(1)])
+    values = torch.stack(list(metrics.values()))
+    flat = nn.utils.parameters_to_vector([*gradients, values, values.new_ones(1)])
     flat = sum_over_processes(flat * rows)
-    nn.utils.vector_to_parameters(flat := flat / flat[-1], gradients)
-    return flat[-1 - len(metrics) : -1]
+    flat = flat / flat[-1]
+    nn.utils.vector_to_parameters(flat, gradients)
+    return dict(zip(metrics, flat[-1 - len(values) : -1], strict=True))
 
 
-def update(agent: ActorCritic, optimizer: optim.Optimizer, batch: Batch, config: Config) -> Metrics:
-    """Epochs of freshly shuffled minibatches; metrics averaged over all of them.
+def update(agent, optimizer, batch: Batch, config: Config, loss_function=minibatch_loss) -> dict:
+    """Epochs of freshly shuffled minibatches; returns metrics averaged over all of them.
 
     The rows are split into `num_minibatches` near-equal parts, so that none is tiny and every
-    process has as many.
+    process has the same number.
     """
-    history, loss_of = [], minibatch_loss
-    if config.compile:  # rows differ in number: dynamic, or each would be compiled anew
-        loss_of = torch.compile(minibatch_loss, mode="reduce-overhead", dynamic=True)
+    history = []  # metrics of each minibatch
     for _ in range(config.update_epochs):
         shuffled = torch.randperm(len(batch.obs), device=batch.obs.device)
         for rows in shuffled.tensor_split(config.num_minibatches):
-            loss, metrics = loss_of(agent, Batch(*(tensor[rows] for tensor in batch)), config)
+            loss, metrics = loss_function(agent, batch.select(rows), config)
             optimizer.zero_grad()
             loss.backward()
-            metrics = average_gradients(agent, metrics, len(rows))
+            metrics = average_over_processes(agent, metrics, len(rows))
             grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
             if config.lr_schedule == "adaptive":
-                adapt_learning_rates(optimizer, metrics[3], config.desired_kl)
+                adapt_learning_rates(optimizer, metrics["approx_kl"], config.desired_kl)
             optimizer.step()
-            history.append(torch.cat([metrics, grad_norm.view(1)]))
-        epoch = torch.stack(history[-config.num_minibatches :])
-        if config.target_kl is not None and epoch[:, 3].mean() > 1.5 * config.target_kl:
-            break  # the test is a sync point, once an epoch
-    averages = torch.stack(history).mean(0).tolist()  # sync point, once an update
-    columns = dict(zip((*LOSS_METRICS, "grad_norm"), averages, strict=True))
+            history.append({**metrics, "grad_norm": grad_norm})
+        if config.target_kl is not None:
+            epoch = history[-config.num_minibatches :]
+            kl = torch.stack([metrics["approx_kl"] for metrics in epoch]).mean()
+            if kl > 1.5 * config.target_kl:  # sync point, once an epoch
+                break
+
+    table = torch.stack([torch.stack(list(metrics.values())) for metrics in history])
+    averages = table.mean(0).tolist()  # sync point, once an update
+    columns = dict(zip(history[0], averages, strict=True))
     columns["learning_rate"] = optimizer.param_groups[0]["lr"].item()
     residual = (batch.returns - batch.values).var(correction=0)
-    columns["explained_variance"] = (1 - residual / (batch.returns.var(correction=0) + 1e-8)).item()
+    explained = 1 - residual / (batch.returns.var(correction=0) + 1e-8)
+    columns["explained_variance"] = explained.item()
     if not agent.discrete:
         columns["action_std"] = agent.distribution(batch.obs).stddev.mean().item()
     return columns
 
 
-def schedule_learning_rates(optimizer: optim.Optimizer, config: Config, step: int) -> None:
-    """Those of the policy and of the value function at an absolute step of the whole run."""
+def schedule_learning_rates(optimizer: optim.Optimizer, config: Config, step: int):
+    """Set the rates of policy and value function for an absolute step of the whole run."""
     progress = min(step / config.total_timesteps, 1.0)
-    shapes = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    if config.lr_schedule != "adaptive":
+    factors = {"constant": 1.0, "linear": 1 - progress}
+    factors["cosine"] = 0.5 * (1 + math.cos(math.pi * progress))
+    if config.lr_schedule in factors:
         for group in optimizer.param_groups:
-            group["lr"].fill_(group["initial_lr"] * shapes.get(config.lr_schedule, 1.0))
+            group["lr"].fill_(group["initial_lr"] * factors[config.lr_schedule])
 
 
 # ==== 7. Evaluate =================================================================================
 
-Act = Callable[[np.ndarray], np.ndarray]  # raw observations (B, O) to actions (B, A)
-Row = dict[str, Any]  # of a step: what it began with, was given, and led to
+Act = Callable[[np.ndarray], np.ndarray]  # raw observations (B, *O) to actions (B, A)
+StepData = dict  # what one step began with, was given, and led to
 
 
-def play(act: Act, config: Config, seeds, together=1, render=None) -> Iterator[tuple[gym.Env, Row]]:
+def play(act: Act, config: Config, seeds, together=1, render=None) -> Iterator[tuple]:
     """One deterministic episode for each seed; yields each step, and the environment after it.
 
-    Episode k is reset with seeds[k]; `together` of them step at once, which is faster.
+    Episode k is reset with seeds[k]. `together` of them step at once, which is faster; `render` is
+    a render mode. Environments are closed when their episode, or the iteration, ends.
     """
-    waiting, running = list(enumerate(seeds))[::-1], {}
-    while waiting or running:
-        while waiting and len(running) < together:
-            k, seed = waiting.pop()
-            # a new environment, as a Box2D world keeps traces of the last episode
-            env = make_env(config, render, f"environment, first reset with seed {seed}")
-            running[k] = env, env.reset(seed=seed)[0]
-        actions = act(np.stack([obs for _, obs in running.values()]))
-        for (k, (env, obs)), action in zip(list(running.items()), actions, strict=True):
-            row = {"episode": k, "observations": obs, "actions": action}
-            obs, reward, terminated, truncated, _ = env.step(action)
-            running[k] = env, obs
-            row |= {"rewards": reward, "terminated": terminated, "next_observations": obs}
-            yield env, row
-            if terminated or truncated:
-                running.pop(k)[0].close()
+    waiting = iter(enumerate(seeds))
+    running = {}  # episode: environment, observation
+    try:
+        while True:
+            for episode, seed in itertools.islice(waiting, together - len(running)):
+                # a new environment, as a Box2D world keeps traces of the last episode
+                env = make_env(config, render, f"environment, first reset with seed {seed}")
+                running[episode] = env, None
+                obs, _ = env.reset(seed=seed)
+                check_finite(env.name, obs)
+                running[episode] = env, obs
+            if not running:
+                return
+            observations = np.stack([obs for _, obs in running.values()])
+            for episode, action in zip(list(running), act(observations), strict=True):
+                env, obs = running[episode]
+                next_obs, reward, terminated, truncated, _ = env.step(action)
+                check_finite(env.name, next_obs, reward)
+                running[episode] = env, next_obs
+                step = {"episode": episode, "observations": obs, "actions": action}
+                step.update(rewards=reward, terminated=terminated, next_observations=next_obs)
+                yield env, step
+                if terminated or truncated:
+                    env.close()
+                    del running[episode]
+    finally:
+        for env, _ in running.values():
+            env.close()
 
 
-def evaluate(act: Act, config: Config, seeds: Sequence[int], together: int = 16) -> np.ndarray:
-    """Raw returns and lengths, (2, episodes), of one deterministic episode for each seed.
+def evaluate_policy(act: Act, config: Config, seeds, together=16) -> tuple[np.ndarray, np.ndarray]:
+    """Raw returns and lengths, (episodes,) each, of one deterministic episode for each seed.
 
     Every episode that is started counts, however many step together: to count the first to finish
     would favour falls. Touches no training state.
     """
-    totals = np.zeros((2, len(seeds)))  # returns, lengths
-    for _, row in play(act, config, seeds, together):
-        totals[:, row["episode"]] += row["rewards"], 1
-    gc.collect()  # Box2D's worlds hang in cycles, 300 KB each
-    return totals
+    returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds))
+    for _, step in play(act, config, seeds, together):
+        returns[step["episode"]] += step["rewards"]
+        lengths[step["episode"]] += 1
+    gc.collect()  # Box2D worlds are in reference cycles, 300 KB each
+    return returns, lengths
 
 
 # ==== 8. Checkpoint ===============================================================================
 
+LAST = "checkpoints_walker/last.pt"
+BEST = "checkpoints_walker/best.pt"
 
-def resolve_device(name: str) -> torch.device:
-    """The device of that name. UserError where this machine has none."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    if not getattr(torch, name).is_available():
-        raise UserError(f"--device {name}: there is none here, use --device cpu")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
-
-
-@pydantic.dataclasses.dataclass(config=STRICT)
-class Counters(Checked):
-    """Where a run stands; plain numbers, saved with it."""
-
-    step: NonNegativeInt
-    iteration: NonNegativeInt
-    wall_s: NonNegativeFloat
-    best_return: float | None = None
-    solved_step: NonNegativeInt | None = None
-    solved_wall_s: NonNegativeFloat | None = None
-
-
-class Learner:
-    """Everything that a checkpoint holds: networks, optimiser, normalisers and counters."""
-
-    def __init__(self, config: Config) -> None:
-        self.config, self.device = config, resolve_device(config.device)
-        self.env = make_env(config)  # for its spaces; never stepped
-        self.threshold = self.env.spec.reward_threshold
-        self.spaces = self.env.observation_space, self.env.action_space
-        self.agent = ActorCritic(*self.spaces, config).to(self.device)
-        if sum(p.numel() for p in self.agent.parameters()) < 100_000:
-            torch.set_num_threads(1)  # small networks lose more to threads than they gain
-        policy = [p for name, p in self.agent.named_parameters() if not name.startswith("critic.")]
-        values, rate = self.agent.critic.parameters(), config.learning_rate
-        groups = [  # a rate in a tensor can be changed without a sync point
-            {"params": params, "initial_lr": rate, "lr": torch.tensor(rate, device=self.device)}
-            for params, rate in ((policy, rate), (values, config.value_learning_rate or rate))
-        ]
-        self.optimizer = optim.Adam(groups, eps=1e-5, fused=True)
-        vector = is_vector(self.spaces[0])
-        self.obs_normalizer = ObservationNormalizer(config, self.spaces[0].shape if vector else ())
-        self.reward_normalizer = RewardNormalizer(config)
-        self.counters = Counters(step=0, iteration=0, wall_s=0.0)
-        self.saved_at = self.save_s = 0.0  # when last.pt was written, and how long a save takes
-        self.started = time.perf_counter()  # as if the run had been in one piece
-
-    @torch.no_grad()
-    def act(self, obs: np.ndarray) -> np.ndarray:
-        """Raw observations (B, O) to deterministic actions (B, A) for the environments.
-
-        What plays in evaluation and video: statistics frozen, actions clipped to their space.
-        """
-        actions = self.agent.mean_action(self.obs_normalizer.normalize(obs).to(self.device))
-        return env_actions(actions, self.env.action_space)
-
-    @torch.no_grad()
-    def value(self, obs: np.ndarray) -> np.ndarray:
-        """Raw observations (B, *O) to expected discounted returns of normalised rewards (B,)."""
-        return self.agent.value(self.obs_normalizer.normalize(obs).to(self.device)).cpu().numpy()
-
-    def save(self, name: str) -> None:
-        """Write the checkpoint `name` below --out.
-
-        Tensors and plain values only, so that loading them can run no code.
-        """
-        state = {part: getattr(self, part).state_dict() for part in LEARNED}
-        state |= {"format": CHECKPOINT_FORMAT, "version": __version__}
-        state |= {"config": plain_settings(self.config), "counters": vars(self.counters)}
-        began, data = time.perf_counter(), io.BytesIO()
-        torch.save(state, data)  # by itself it makes a RuntimeError of a full disk
-        with atomic_path(Path(self.config.out) / name) as temporary:
-            temporary.write_bytes(data.getvalue())
-        self.save_s = time.perf_counter() - began
-
-    def is_done(self) -> bool:
-        solved = self.config.stop_when_solved and self.counters.solved_step is not None
-        return solved or self.counters.step >= self.config.total_timesteps
-
-    def load(self, state: dict[str, Any], source: str | Path, parts: Sequence[str]) -> None:
-        """Load these parts of a checkpoint's state. UserError where they do not fit."""
-        like = {part: getattr(self, part).state_dict() for part in parts}
-        if "optimizer" in parts:  # all of a run; Adam has moments after a first step
-            self.counters = checked(Counters, state["counters"], source)
-            step, params = torch.tensor(0.0), [p.detach() for p in self.agent.parameters()]
-            filled = ({"step": step, "exp_avg": p, "exp_avg_sq": p} for p in params)
-            like["optimizer"]["state"] = dict(enumerate(filled)) if self.counters.iteration else {}
-        for part in parts:
-            if wrong := misfit(state[part], like[part], part):
-                raise UserError(f"{source} does not fit this run: {wrong}")
-            getattr(self, part).load_state_dict(state[part])
-
-
-def misfit(value: Any, like: Any, name: str) -> str | None:
-    """What in a loaded value has not the keys, type or shape of `like`, or is not finite."""
-    if not isinstance(value, dict if isinstance(like, dict) else type(like)):
-        return f"{name} is a {type(value).__name__}"
-    if isinstance(like, list):
-        value, like = dict(enumerate(value)), dict(enumerate(like))
-    if isinstance(like, dict):
-        if value.keys() != like.keys():
-            return f"{name} has other entries"
-        return next(filter(None, (misfit(value[k], like[k], f"{name}.{k}") for k in like)), None)
-    if not isinstance(like, Tensor):
-        return None if repr(value) == repr(like) else f"{name} is {value}, not {like}"
-    kinds = "dtype", "shape", "layout", "is_meta"
-    same = all(getattr(value, kind) == getattr(like, kind) for kind in kinds)
-    least = 0 if name.endswith(("var", "count", "sq", "step", "lr")) else -math.inf
-    if same and value.isfinite().all() and (value >= least).all():
-        return None
-    return f"{name} is damaged, or of shape {tuple(value.shape)}, not {tuple(like.shape)}"
-
-
-def writing(path: Path) -> contextlib.AbstractContextManager[None]:
-    """TrainingError that names the file where it cannot be written."""
-    return explained(TrainingError, f"{path} cannot be written", OSError)
+# parts of a Learner: those that act, and all that training changes
+POLICY = ("agent", "obs_normalizer")
+LEARNED = (*POLICY, "optimizer", "reward_normalizer")
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to, moved into place once it is whole on the disk.
 
-    TrainingError where that fails; what was there before stays.
+    TrainingError if that fails; what was there before stays.
     """
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    with writing(path), contextlib.ExitStack() as stack:
-        stack.callback(temporary.unlink, missing_ok=True)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    with reraise_as(TrainingError, f"{path} cannot be written", OSError):
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-POLICY = ("agent", "obs_normalizer")
-LEARNED = (*POLICY, "optimizer", "reward_normalizer")
+def resolve_device(name: str) -> torch.device:
+    """The device of that name. UserError if this machine has none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not getattr(torch, name).is_available():
+        raise UserError(f"--device {name}: there is none here, use --device cpu")
+    index = int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None
+    return torch.device(name, index)
 
 
-def load_checkpoint(path: str | Path, env: str | None = None) -> dict[str, Any]:
-    """A checkpoint's state on the CPU. Runs no code from it; UserError where it cannot be used.
+@pydantic.dataclasses.dataclass(config=VALIDATION)
+class Counters(Validated):
+    """How far a run has come; plain numbers, saved with it."""
 
-    torch.load sees only records whose checksum was right: by itself it does not look, and would
-    load most flipped bits silently as other values. An environment of the form `module:EnvId` would
-    be imported, so it must be given as `env`, by the user.
+    step: pydantic.NonNegativeInt = 0
+    iteration: pydantic.NonNegativeInt = 0
+    # as if the run had been in one piece
+    wall_s: pydantic.NonNegativeFloat = 0.0
+    best_return: float | None = None
+    solved_step: pydantic.NonNegativeInt | None = None
+    solved_wall_s: pydantic.NonNegativeFloat | None = None
+
+
+class Learner:
+    """Everything that a checkpoint holds: networks, optimizer, normalizers and counters."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.device = resolve_device(config.device)
+        # never stepped: for its spaces, its spec and its metadata
+        self.env = make_env(config)
+        self.env.close()
+        # the return that counts as solved, or None
+        self.threshold = self.env.spec.reward_threshold
+        # of films and of simulated time
+        self.fps = self.env.metadata.get("render_fps", 30)
+        obs_space, action_space = self.env.observation_space, self.env.action_space
+        self.agent = ActorCritic(obs_space, action_space, config).to(self.device)
+        self.optimizer = self._make_optimizer()
+        self.obs_normalizer = ObservationNormalizer(config, obs_space)
+        self.reward_normalizer = RewardNormalizer(config)
+        self.counters = Counters()
+        self.saved_at = -math.inf  # when last.pt was written
+        self.save_s = 0.0  # how long that took
+
+    def _make_optimizer(self) -> optim.Optimizer:
+        config = self.config
+        policy = [p for name, p in self.agent.named_parameters() if not name.startswith("critic.")]
+        rates = config.learning_rate, config.value_learning_rate or config.learning_rate
+        # a rate in a tensor can be changed without a sync point
+        groups = [
+            {"params": params, "initial_lr": rate, "lr": torch.tensor(rate, device=self.device)}
+            for params, rate in zip((policy, self.agent.critic.parameters()), rates, strict=True)
+        ]
+        return optim.Adam(groups, eps=1e-5, fused=True)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """Raw observations (B, *O) to deterministic actions (B, A) for the environment.
+
+        What plays in evaluation and film: statistics frozen, actions clipped to their space.
+        """
+        actions = self.agent.mean_action(self.obs_normalizer.normalize(obs).to(self.device))
+        return env_actions(actions, self.env.action_space)
+
+    @torch.no_grad()
+    def value(self, obs: np.ndarray) -> np.ndarray:
+        """Raw observations (B, *O) to expected discounted returns of normalized rewards (B,)."""
+        return self.agent.value(self.obs_normalizer.normalize(obs).to(self.device)).cpu().numpy()
+
+    def is_done(self) -> bool:
+        solved = self.counters.solved_step is not None and self.config.stop_when_solved
+        return solved or self.counters.step >= self.config.total_timesteps
+
+    def save(self, name: str):
+        """Write the checkpoint `name` below --out.
+
+        Tensors and plain values only, so that loading it can run no code.
+        """
+        began = time.perf_counter()
+        state = {part: getattr(self, part).state_dict() for part in LEARNED}
+        state.update(format=CHECKPOINT_FORMAT, version=__version__)
+        state.update(config=saved_settings(self.config), counters=vars(self.counters))
+        data = io.BytesIO()
+        # not into the file: it makes a RuntimeError of a full disk
+        torch.save(state, data)
+        with atomic_path(Path(self.config.out, name)) as temporary:
+            temporary.write_bytes(data.getvalue())
+        self.save_s = time.perf_counter() - began
+
+    def load(self, state: dict, source, parts: Sequence[str]):
+        """Load these parts of a checkpoint's state. UserError if they do not fit."""
+        errors = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+        with reraise_as(UserError, f"{source} does not fit this run", *errors):
+            for part in parts:
+                if part == "optimizer":
+                    self._load_optimizer(state[part])
+                else:
+                    getattr(self, part).load_state_dict(state[part])
+
+    def _load_optimizer(self, saved: dict):
+        """Load Adam's moments and the learning rates. ValueError if they do not fit."""
+        state = self.optimizer.state_dict()
+        state["state"] = saved["state"]
+        for group, saved_group in zip(state["param_groups"], saved["param_groups"], strict=True):
+            group["lr"] = torch.tensor(float(saved_group["lr"]))
+        self.optimizer.load_state_dict(state)
+        for parameter, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != parameter.shape:
+                    raise ValueError(f"{name} has another shape than its weights")
+
+
+def own_copy(value: Any, max_bytes: int) -> Any:
+    """Nested dicts and lists with every tensor copied: those of a file may overlap in memory.
+
+    ValueError if a tensor is larger than `max_bytes` or not finite.
     """
-    verified, data = io.BytesIO(), io.BytesIO(Path(path).read_bytes())
+    if isinstance(value, dict):
+        return {key: own_copy(item, max_bytes) for key, item in value.items()}
+    if isinstance(value, list):
+        return [own_copy(item, max_bytes) for item in value]
+    if not isinstance(value, Tensor):
+        return value
+    if value.nbytes > max_bytes or not value.isfinite().all():
+        raise ValueError("a tensor is larger than the file, or not finite")
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def read_archive(data: bytes) -> dict:
+    """The state in the bytes of a checkpoint. Raises whatever a damaged or forged one causes.
+
+    torch.load does not look at checksums, and loads most flipped bits silently as other values, so
+    they are tested first. Nothing may unpack to more than the file holds.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if sum(record.file_size for record in archive.infolist()) > len(data):
+            raise ValueError("it is compressed, which torch never does")
+        if archive.testzip() is not None:
+            raise ValueError("a checksum is wrong")
+    state = torch.load(io.BytesIO(data), "cpu", weights_only=True)
+    return own_copy(state, max_bytes=len(data))
+
+
+def load_checkpoint(path, env: str | None = None) -> dict:
+    """A checkpoint's state on the CPU. Runs no code from it; UserError if it cannot be used.
+
+    An environment of the form MODULE:ID would be imported, so the user must give it as `env`.
+    """
+    data = Path(path).read_bytes()
     try:
         with warnings.catch_warnings(action="ignore"):
-            with zipfile.ZipFile(data) as archive, zipfile.ZipFile(verified, "w") as copy:
-                records = archive.infolist()
-                size = sum(record.file_size for record in records)
-                if size > len(data.getvalue()) or any(record.compress_type for record in records):
-                    raise ValueError("it would inflate: torch packs nothing")
-                for record in records:
-                    copy.writestr(record.filename, archive.read(record))  # checks the checksum
-            state = {**torch.load(io.BytesIO(verified.getvalue()), "cpu", weights_only=True)}
-    except Exception:  # whatever a forged pickle makes of it
-        raise UserError(f"{path} is no checkpoint, or a damaged one") from None
-    if repr(state.get("format")) != repr(CHECKPOINT_FORMAT):
-        theirs = f"version {state.get('version')}, in format {state.get('format')}"
-        raise UserError(f"{path} was written by {theirs}, not {CHECKPOINT_FORMAT}")
-    if not all(isinstance(state.get(part), dict) for part in ("config", "counters", *LEARNED)):
-        raise UserError(f"{path} is no checkpoint of this program, or a part of it is missing")
-    state["config"].pop("out", None)  # where to write is the user's to say
-    named = str(state["config"].get("env"))
-    if ":" in named and env is None:
-        raise UserError(f"{path} names the environment {named}: type --env {named} to import it")
+            state = read_archive(data)
+        for part in ("config", "counters", *LEARNED):
+            state[part].keys()
+        written = f"version {state['version']}, in format {state['format']}"
+    except Exception:  # a forged pickle can raise anything
+        raise UserError(f"{path} is no checkpoint of this program, or a damaged one") from None
+    if state["format"] != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} was written by {written}, not {CHECKPOINT_FORMAT}")
+    # where to write is the user's to say
+    state["config"].pop("out", None)
+    saved_env = str(state["config"].get("env"))
+    if ":" in saved_env and env is None:
+        raise UserError(f"{path} would import {saved_env}: allow it with --env {saved_env}")
     return state
+
+
+def config_from(settings: dict, source) -> Config:
+    """The Config of a config.json or a checkpoint. UserError names `source`."""
+    settings = {name: value for name, value in settings.items() if name != "_about"}
+    # a name may be no string
+    with reraise_as(UserError, str(source), UserError, TypeError):
+        return Config.for_env(**settings)
+
+
+def check_network_size(config: Config, state: dict, source):
+    """UserError if the networks of `config` have more weights than those of the checkpoint.
+
+    Before they are built: a forged config may ask for any amount of memory.
+    """
+    stored = sum(w.numel() for w in state["agent"].values() if isinstance(w, Tensor))
+    for hidden in (config.actor_hidden, config.critic_hidden):
+        if sum(a * b for a, b in itertools.pairwise(hidden)) > stored:
+            raise UserError(f"{source} does not fit this run: it has only {stored} weights")
+
+
+RESUMABLE = {  # what --resume may change: nothing that the learner sees
+    "total_timesteps", "device", "compile", "vector_env", "step_timeout", "out", "eval_every",
+    "eval_episodes", "checkpoint_every", "record_every", "tensorboard", "stop_when_solved",
+}  # fmt: skip
+
+
+def resume_learner(config: Config, source) -> Learner:
+    """The learner of a checkpoint. UserError if `config` differs in what the learner sees."""
+    state = load_checkpoint(source, config.env)
+    saved = config_from(state["config"], source)
+    for name, old in vars(saved).items():
+        new = getattr(config, name)
+        if new != old and name not in RESUMABLE:
+            raise UserError(f"--{flag_name(name)} is {new!r}, but {source} has {old!r}")
+    check_network_size(config, state, source)
+    learner = Learner(config)
+    learner.load(state, source, LEARNED)
+    with reraise_as(UserError, str(source), UserError, TypeError):
+        learner.counters = Counters(**state["counters"])
+    if not Path(config.out, BEST).exists():  # in another folder
+        learner.counters.best_return = None
+    return learner
+
+
+def load_learner(checkpoint, env=None, seed=0, device="auto", out=".") -> Learner:
+    """A trained policy with its statistics: `load_learner(path).act(obs)`.
+
+    `env` is another environment to play in. UserError if the file is no checkpoint or does not fit.
+    """
+    state = load_checkpoint(checkpoint, env)
+    config = config_from(state["config"], checkpoint)
+    changes = {"seed": seed, "device": device, "out": out}
+    if env is not None and env != config.env:
+        changes.update(env=env, env_kwargs=())
+    check_network_size(config, state, checkpoint)
+    learner = Learner(dataclasses.replace(config, **changes))
+    learner.load(state, checkpoint, (*POLICY, "reward_normalizer"))
+    return learner
 
 
 # ==== 9. Log and export ===========================================================================
 
-CSV_COLUMNS = """step iteration wall_s steps_per_s collect_s update_s eval_s episodes return_mean
-return_min return_max length_mean length_min length_max eval_return_mean eval_return_std
-eval_episodes policy_loss value_loss entropy approx_kl clip_fraction explained_variance action_std
-grad_norm learning_rate""".split()
+CSV_COLUMNS = [
+    "step", "iteration", "wall_s", "steps_per_s", "collect_s", "update_s", "eval_s", "episodes",
+    "return_mean", "return_min", "return_max", "length_mean", "length_min", "length_max",
+    "eval_return_mean", "eval_return_std", "eval_episodes", "policy_loss", "value_loss", "entropy",
+    "approx_kl", "clip_fraction", "explained_variance", "action_std", "grad_norm", "learning_rate",
+]  # fmt: skip
+METRICS_CSV = "checkpoints_walker/metrics.csv"
+CONFIG_JSON = "checkpoints_walker/config.json"
+TENSORBOARD = "checkpoints_walker/tensorboard"
+FILM = "videos/walker_final.mp4"
+CURVES = "plots/training_curves.png"
+RUN_FILES = [  # all that a run writes below --out, as patterns
+    LAST, BEST, METRICS_CSV, CONFIG_JSON, CURVES, FILM, "videos/walker_final.gif",
+    "checkpoints_walker/step_[0-9]*.pt", "videos/step_[0-9]*.mp4", "videos/step_[0-9]*.gif",
+    f"{TENSORBOARD}/events.*",
+]  # fmt: skip
 
-NAMES = "best.pt last.pt metrics.csv config.json tensorboard".split()
-BEST, LAST, METRICS, CONFIG, BOARD = (f"checkpoints_walker/{name}" for name in NAMES)
-FILM, CURVES = "videos/walker_final.mp4", "plots/training_curves.png"
-# All that a run writes below --out, and what one that was killed leaves.
-WRITTEN = f"""{BEST} {LAST} {METRICS} {CONFIG} {BOARD}/events.* {FILM} videos/*_final.gif {CURVES}
-checkpoints_walker/step_[0-9]*.pt videos/step_[0-9]*.mp4 videos/step_[0-9]*.gif""".split()
-HALF_WRITTEN = "checkpoints_walker/.*.tmp.*", "videos/.*.tmp.*", "plots/.*.tmp.*"
 
-
-def make_folders(*folders: Path) -> None:
-    """UserError, before any is made, where one cannot be made or written to."""
-    blocked = [folder for folder in folders if folder.exists() and not folder.is_dir()]
-    for folder in blocked or folders:
-        with explained(UserError, f"--out cannot be written to: {folder}", OSError):
+def make_folders(*folders: Path):
+    """UserError if one cannot be made."""
+    for folder in folders:
+        with reraise_as(UserError, f"--out cannot be written to: {folder}", OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
 
 
-def claim_folder(out: Path, resume: str | Path | None, overwrite: bool) -> FileLock:
-    """Make the folders of a run and lock them, as long as this process lives.
+def claim_folder(out: Path, resume, overwrite: bool) -> FileLock:
+    """Make the folders of a run and lock them for as long as this process lives.
 
-    UserError where they hold another run, one is running in them, or they cannot be written to.
+    UserError if they hold another run, one is running in them, or they cannot be written to.
     """
-    folders = [(out / name).parent for name in (LAST, FILM, CURVES)]
-    own = resume is not None and Path(resume).resolve().parent == folders[0].resolve()
-    if not (own or overwrite) and any((out / name).exists() for name in (BEST, LAST, METRICS)):
-        choices = "go on with --resume, choose another folder with --out, or --overwrite it"
-        raise UserError(f"{folders[0]} holds a run: {choices}")
-    make_folders(*folders)
-    lock = FileLock(folders[0] / ".lock")
-    with explained(UserError, f"{folders[0]} is in use by a run that is still going", Timeout):
+    checkpoints = out / "checkpoints_walker"
+    resumes_own = resume is not None and Path(resume).resolve().parent == checkpoints.resolve()
+    holds_run = any((out / name).exists() for name in (BEST, LAST, METRICS_CSV))
+    if holds_run and not (resumes_own or overwrite):
+        raise UserError(f"{checkpoints} holds a run: use --resume, another --out, or --overwrite")
+    make_folders(checkpoints, out / "videos", out / "plots")
+    lock = FileLock(checkpoints / ".lock")
+    with reraise_as(UserError, f"{checkpoints} is in use by a run that is still going", Timeout):
         lock.acquire(timeout=0)
-    for pattern in [*HALF_WRITTEN, *WRITTEN] if overwrite else HALF_WRITTEN:
-        for path in out.glob(pattern):
-            path.unlink()
+    if overwrite:
+        for pattern in RUN_FILES:
+            for path in out.glob(pattern):
+                path.unlink()
     return lock
 
 
 class RunLog(contextlib.ExitStack):
     """metrics.csv, the progress bar on a terminal, and plain lines everywhere."""
 
-    def __init__(self, path: Path, config: Config, counters: Counters) -> None:
+    def __init__(self, path: Path, config: Config, counters: Counters):
         from tqdm import tqdm
 
         super().__init__()
-        # behind the last line's end: nothing, or a torn line
-        rows = (path.read_text() if path.exists() else "").split("\n")[1:-1]
-        with explained(UserError, f"{path} is damaged: mend it, or remove it", ValueError):
-            rows = [row for row in rows if int(row.split(",")[0]) <= counters.step]
-        with atomic_path(path) as temporary:
-            temporary.write_text("\n".join([",".join(CSV_COLUMNS), *rows, ""]))
-        self.path, self.board, self.said_at = path, None, time.monotonic()
-        total = config.num_iterations * config.batch_size * process()[1]
-        how = {"unit": " steps", "unit_scale": True, "disable": None}  # None: but on a terminal
-        self.bar = self.enter_context(tqdm(total=total, initial=counters.step, **how))
+        self.path = path
+        self.last_line_at = time.monotonic()
+        self._drop_rows_after(counters.step)
+        total = config.num_iterations * config.steps_per_iteration
+        # None: but on a terminal
+        bar = {"unit": " steps", "unit_scale": True, "disable": None}
+        self.bar = tqdm(total=total, initial=counters.step, **bar)
+        self.callback(self.bar.close)
+        self.board = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            board = SummaryWriter(path.parents[1] / BOARD, purge_step=counters.step + 1)
-            self.board = self.enter_context(board)
+            folder = Path(config.out, TENSORBOARD)
+            self.board = self.enter_context(SummaryWriter(folder, purge_step=counters.step + 1))
 
-    def row(self, row: dict[str, Any]) -> None:
-        """Append a row; a column that is not given stays empty. Show where the run is."""
-        given = {name: row[name] for name in CSV_COLUMNS if row.get(name) is not None}
-        cells = {k: f"{x:.6g}" if isinstance(x, float) else str(x) for k, x in given.items()}
-        with writing(self.path), open(self.path, "a") as file:
-            file.write(",".join(cells.get(name, "") for name in CSV_COLUMNS) + "\n")
-        for name, number in given.items() if self.board else ():
-            self.board.add_scalar(name, number, row["step"])
-        shown = {"return": row.get("return_mean"), "best": row["best_return"]}
-        text = ", ".join(f"{k} {'–' if v is None else f'{v:.1f}'}" for k, v in shown.items())
+    def _drop_rows_after(self, step: int):
+        """Rewrite metrics.csv without the rows after `step`, and without a torn last line."""
+        text = self.path.read_text() if self.path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        with reraise_as(UserError, f"{self.path} is damaged", ValueError, KeyError, TypeError):
+            rows = [row for row in csv.DictReader(io.StringIO(whole)) if int(row["step"]) <= step]
+            with atomic_path(self.path) as temporary, open(temporary, "w", newline="") as file:
+                writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+
+    def row(self, values: dict, best_return: float | None):
+        """Append a row; a column without a value stays empty. Show how far the run is."""
+        cells = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
+        with reraise_as(TrainingError, f"{self.path} cannot be written", OSError):
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n").writerow(cells)
+        for name, value in values.items() if self.board else ():
+            self.board.add_scalar(name, value, values["step"])
+        shown = {"return": values.get("return_mean"), "best": best_return}
+        numbers = {k: "–" if v is None else f"{v:.1f}" for k, v in shown.items()}
+        text = "return {return}, best {best}".format(**numbers)
         self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(row["step"] - self.bar.n)
-        if self.bar.disable and time.monotonic() - self.said_at > 10:  # no terminal: plain lines
-            text += f", {row['steps_per_s']:,.0f} steps/s, {row['wall_s'] / 60:.1f} min"
-            self.say(f"step {row['step']:,} of {self.bar.total:,}: {text}")
+        self.bar.update(values["step"] - self.bar.n)
+        if self.bar.disable and time.monotonic() - self.last_line_at > 10:
+            speed = f"{values['steps_per_s']:,.0f} steps/s, {values['wall_s'] / 60:.1f} min"
+            self.line(f"step {values['step']:,} of {self.bar.total:,}: {text}, {speed}")
 
-    def say(self, text: str) -> None:
+    def line(self, text: str):
         with self.bar.external_write_mode():
             print(text, flush=True)
-        self.said_at = time.monotonic()
+        self.last_line_at = time.monotonic()
 
 
-def write_config(config: Config, threshold: float | None, path: Path) -> None:
-    """Every setting as JSON, to be run again by --config; `_about` is for readers and plots."""
-    about = {"_about": {"reward_threshold": threshold, "version": __version__}}
+def write_config(config: Config, threshold: float | None, path: Path):
+    """Every setting as JSON, for --config; `_about` is for readers and plots."""
+    settings = saved_settings(config)
+    settings["_about"] = {"reward_threshold": threshold, "version": __version__}
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(plain_settings(config) | about, indent=2) + "\n")
+        temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def record_episode(act: Act, config: Config, seed: int, mp4: Path, seconds=None) -> list[Row]:
+# macro_block_size 2 keeps every even size
+H264 = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 2}
+
+
+def record_episode(learner, seed: int, mp4: Path, seconds=None, measure=None) -> list:
     """Film one deterministic episode, headless: H.264 in yuv420p, and a GIF of at most 3 MB.
 
-    Or at most so many seconds of it. Returns what each step held. UserError where the environment
-    cannot render.
+    At most `seconds` of it, if given. Returns the data of each step, and with it what `measure`
+    finds in the environment after it. UserError if the environment cannot render.
     """
     import imageio
 
-    rows, fps = [], make_env(config).metadata.get("render_fps", 30)
-    h264 = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 2}  # keeps even sizes
-    limit = seconds and math.ceil(seconds * fps)
-    steps = itertools.islice(play(act, config, [seed], 1, "rgb_array"), limit)
-    with atomic_path(mp4) as temporary:
-        with imageio.get_writer(temporary, fps=fps, **h264) as video:
-            for env, row in steps:
-                if (frame := env.render()) is None:
-                    raise UserError(f"--env {config.env} renders nothing")
+    steps = []
+    limit = None if seconds is None else math.ceil(seconds * learner.fps)
+    episode = play(learner.act, learner.config, [seed], render="rgb_array")
+    with atomic_path(mp4) as temporary, contextlib.closing(episode):
+        with imageio.get_writer(temporary, fps=learner.fps, **H264) as video:
+            for env, step in itertools.islice(episode, limit):
+                frame = env.render()
+                if frame is None:
+                    raise UserError(f"--env {learner.config.env} renders nothing")
                 video.append_data(frame)
-                rows.append(row | gait_state(env))
-        _write_gif(temporary, mp4.with_suffix(".gif"))
-    return rows
+                if measure is not None:
+                    step.update(measure(env))
+                steps.append(step)
+        write_gif(temporary, mp4.with_suffix(".gif"))
+    return steps
 
 
-def _write_gif(mp4: Path, gif: Path, limit: int = 3_000_000) -> None:
-    """Every third frame of the film at half its size, at the true speed; cut at `limit` bytes."""
+def write_gif(mp4: Path, gif: Path, max_bytes: int = 3_000_000):
+    """Every third frame of a film at half its size, at the true speed; cut at `max_bytes`."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
-    colours = "split[a][b];[a]palettegen=64[p];[b][p]paletteuse=dither=none"
-    filters = ["-vf", f"framestep=3,scale=iw/2:-1:flags=area,{colours}", "-fs", str(limit)]
+    palette = "split[a][b];[a]palettegen=64[p];[b][p]paletteuse=dither=none"
+    filters = f"framestep=3,scale=iw/2:-1:flags=area,{palette}"
     with atomic_path(gif) as temporary:
-        command = [get_ffmpeg_exe(), "-v", "quiet", "-y", "-i", mp4, *filters, temporary]
+        command = [get_ffmpeg_exe(), "-v", "quiet", "-y", "-i", mp4, "-vf", filters]
+        command += ["-fs", str(max_bytes), temporary]
         if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
-            raise OSError("the encoder failed; is the disk full?")  # it says nothing itself
+            # it says nothing itself
+            raise OSError("the encoder failed; is the disk full?")
 
 
-def gait_state(env: gym.Env) -> dict[str, np.ndarray]:
-    """What a BipedalWalker's observation hides; {} for others. Metres, radians, seconds, N m.
-
-    hull (6,): x, y, angle and their rates; joints (4, 3): angle, rate and motor torque of hip,
-    knee, hip, knee; knees (2, 3): x, y and the ground's height below; contacts (2, 2): where each
-    leg is touched, lowest and highest, as a fraction of the shin from the foot up (above 1: the
-    thigh); NaN in the air.
-    """
-    walker = env.unwrapped
-    if not (hasattr(walker, "hull") and hasattr(walker, "legs")):
-        return {}
-    hull, legs, shins, length = walker.hull, walker.legs, walker.legs[1::2], 34 / 30
-    knees = np.array([shin.GetWorldPoint((0, length / 2)) for shin in shins])
-    ground = np.interp(knees[:, 0], walker.terrain_x, walker.terrain_y)
-    contacts = np.full((2, 2), np.nan)
-    for span, thigh, shin in zip(contacts, legs[::2], shins, strict=True):
-        touching = [e.contact for e in [*thigh.contacts, *shin.contacts] if e.contact.touching]
-        points = [p for c in touching for p in c.worldManifold.points[: c.manifold.pointCount]]
-        if heights := [shin.GetLocalPoint(point)[1] / length + 0.5 for point in points]:
-            span[:] = min(heights), max(heights)
-    pose = np.array([*hull.position, hull.angle, *hull.linearVelocity, hull.angularVelocity])
-    joints = np.array([(j.angle, j.speed, j.GetMotorTorque(50)) for j in walker.joints])
-    return {"hull": pose, "joints": joints, "knees": np.c_[knees, ground], "contacts": contacts}
-
-
-def write_data(learner: Learner, rows: list[Row], path: Path) -> None:
-    """Steps of `play` as an .npz for viz.py: each entry stacked, values, and what they are in."""
-    arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+def write_episode_data(learner: Learner, steps: list, path: Path):
+    """Steps of `play` as an .npz for viz.py: arrays (steps, …), their values, and the units."""
+    arrays = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
     arrays["values"] = learner.value(arrays["observations"])
     arrays["next_values"] = learner.value(arrays.pop("next_observations"))
-    config, scale = learner.config, learner.reward_normalizer.scale()
+    config = learner.config
     clip = config.clip_reward if config.norm_reward else (-math.inf, math.inf)
-    units = {"gamma": config.gamma, "reward_scale": scale, "reward_clip": clip}
-    units["dt"] = 1 / learner.env.metadata.get("render_fps", 30)
+    units = {"dt": 1 / learner.fps, "gamma": config.gamma, "reward_clip": clip}
+    units["reward_scale"] = learner.reward_normalizer.scale()
     with atomic_path(path) as temporary:
         np.savez_compressed(temporary, **arrays, **units)
 
 
-class StopSignals(contextlib.ExitStack):
-    """While entered, a SIGINT or SIGTERM is noted in `received`; one more a second later leaves.
+def show(learner: Learner, seeds: Sequence[int], seconds: float):
+    """Play episodes in a window for `seconds` of simulated time, one after another."""
+    limit = math.ceil(seconds * learner.fps)
+    for _ in itertools.islice(play(learner.act, learner.config, seeds, render="human"), limit):
+        pass
 
-    One keypress can arrive twice: from the terminal, and from a launcher that passes it on.
+
+class StopSignals(contextlib.ExitStack):
+    """While entered, a first SIGINT or SIGTERM is noted in `received`; a second one exits.
+
+    One keypress can arrive twice, from the terminal and from a launcher that passes it on, so a
+    second one counts only a second later.
     """
 
     received: int | None = None
 
     def __enter__(self) -> StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM):
-            replaced = signal.signal(number, self._note) or signal.SIG_DFL
-            self.callback(signal.signal, number, replaced)
+            previous = signal.signal(number, self._handle) or signal.SIG_DFL
+            self.callback(signal.signal, number, previous)
         return self
 
-    def _note(self, number: int, _frame: Any) -> None:
+    def _handle(self, number: int, _frame: Any):
         if self.received is None:
-            self.received, self.noted_at = number, time.monotonic()
+            self.received = number
+            self.received_at = time.monotonic()
             os.write(2, b"\nstopping after this iteration; once more to leave at once\n")
-        elif time.monotonic() > self.noted_at + 1:
+        elif time.monotonic() > self.received_at + 1:
             os._exit(128 + number)
+
+
+def episode_columns(episodes: list) -> dict:
+    """Raw returns and lengths of the episodes that ended in an iteration."""
+    columns = {"episodes": len(episodes)}
+    if episodes:
+        returns, lengths = zip(*episodes, strict=True)
+        for name, values in (("return", returns), ("length", lengths)):
+            columns[f"{name}_mean"] = float(np.mean(values))
+            columns[f"{name}_min"] = float(min(values))
+            columns[f"{name}_max"] = float(max(values))
+    return columns
+
+
+def film_policy(learner: Learner, log: RunLog, mp4: Path):
+    """Film an episode with the run's own seed for films; one line if that cannot be."""
+    [seed] = env_seeds(learner.config.seed, VIDEO, 1)
+    try:
+        record_episode(learner, seed, mp4)
+        log.line(f"video: {mp4}, and a GIF beside it")
+    except (UserError, EnvironmentFailure) as error:
+        log.line(f"no video: {error}")
+
+
+def export(learner: Learner, log: RunLog, with_film: bool):
+    """Sum up the run, film the best policy there is, and plot the curves."""
+    import viz
+
+    counters, out = learner.counters, Path(learner.config.out)
+    best = "" if counters.best_return is None else f", best {counters.best_return:.1f}"
+    log.line(f"{counters.step:,} steps in {counters.wall_s / 60:.1f} min{best}")
+    if (out / BEST).exists():
+        learner.load(load_checkpoint(out / BEST, learner.config.env), out / BEST, POLICY)
+    if with_film:
+        film_policy(learner, log, out / FILM)
+    with reraise_as(TrainingError, f"{out / CURVES} cannot be drawn", OSError, viz.InputError):
+        viz.plot_training_curves(out / METRICS_CSV, out / CURVES, learner.threshold)
+    log.line(f"curves: {out / CURVES}")
 
 
 # ==== 10. Train ===================================================================================
 
-# What --resume may change: nothing that the learner sees.
-RESUMABLE = """total_timesteps device compile vector_env step_timeout out eval_every
-eval_episodes checkpoint_every record_every tensorboard stop_when_solved""".split()
 
-
-def prepare_learner(config: Config, resume: str | Path | None) -> Learner:
-    """A new learner, or one that goes on from `resume`. Writes nothing."""
-    seed_everything(config.seed, rank=0, step=0)  # the same networks in every process
+def configure_torch(agent: ActorCritic):
+    """Settings of this whole process, made where a run begins."""
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("--tensorboard needs `pip install tensorboard`")
-    learner = Learner(config)
+    if sum(p.numel() for p in agent.parameters()) < 100_000:
+        # small networks lose more to threads than they gain
+        torch.set_num_threads(1)
+
+
+def prepare_learner(config: Config, resume) -> Learner:
+    """A new learner, or one that goes on from `resume`. Writes nothing."""
+    if config.tensorboard:
+        with reraise_as(UserError, "--tensorboard needs `pip install tensorboard`", ImportError):
+            import tensorboard  # noqa: F401
+    # the same networks in every process
+    seed_everything(config.seed, rank=0, step=0)
     if resume is not None:
-        state = load_checkpoint(resume, config.env)
-        saved = checked(Config.for_env, state["config"], resume)
-        for name, old in vars(saved).items():
-            if (new := getattr(config, name)) != old and name not in RESUMABLE:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} is {new!r}, but {resume} was trained with {old!r}")
-        best = Path(config.out, BEST)  # it may be newer than the checkpoint, or missing
-        counters = load_checkpoint(best, config.env)["counters"] if best.exists() else {}
-        state["counters"]["best_return"] = counters.get("best_return")
-        learner.load(state, resume, LEARNED)
-        learner.started -= learner.counters.wall_s
-    elif config.init_from is not None:
+        return resume_learner(config, resume)
+    learner = Learner(config)
+    if config.init_from is not None:
         learner.load(load_checkpoint(config.init_from, config.env), config.init_from, POLICY)
     return learner
 
 
-def is_due(every: int, step: int, steps: int, total: float = math.inf) -> bool:
-    """Whether the iteration of `steps` that ends at `step` is the first at a multiple, or past.
-
-    Or the last of `total` steps.
-    """
-    return every > 0 and (step // every > (step - steps) // every or step >= total)
+def is_due(every: int, step: int, config: Config) -> bool:
+    """Whether the iteration that ends at `step` is the first at or past a multiple of `every`."""
+    return every > 0 and step // every > (step - config.steps_per_iteration) // every
 
 
-def evaluate_and_rank(learner: Learner, steps: int, log: RunLog) -> tuple[Metrics, bool]:
-    """If due: the evaluation columns of an iteration of `steps`, and whether this is the best yet.
+def evaluate_if_due(learner: Learner, log: RunLog, started: float) -> tuple[dict, bool]:
+    """If an evaluation is due: its columns, and whether this policy is the best so far.
 
-    A best mean at the threshold is confirmed on 100 fresh episodes, and the policy ranked by those:
+    A best mean at the threshold is confirmed on 100 new episodes, and the policy ranked by those:
     the highest of many means over a few episodes is high by luck.
     """
-    config, counters, threshold = learner.config, learner.counters, learner.threshold
-    if not is_due(config.eval_every, counters.step, steps, config.total_timesteps):
+    config, counters = learner.config, learner.counters
+    is_last = config.eval_every > 0 and counters.step >= config.total_timesteps
+    if not (is_last or is_due(config.eval_every, counters.step, config)):
         return {}, False
-    best = -math.inf if counters.best_return is None else counters.best_return
     seeds = env_seeds(config.seed, EVALUATE, config.eval_episodes)
-    returns, _ = evaluate(learner.act, config, seeds)
+    returns, _ = evaluate_policy(learner.act, config, seeds)
     columns = {"eval_return_mean": returns.mean(), "eval_return_std": returns.std()}
+    columns["eval_episodes"] = len(seeds)
+    best = -math.inf if counters.best_return is None else counters.best_return
+    threshold = learner.threshold
     if threshold is not None and returns.mean() >= max(threshold, best):
-        fresh = env_seeds(config.seed, CONFIRM, 100, step=counters.step)
-        returns, _ = evaluate(learner.act, config, fresh)
+        new_seeds = env_seeds(config.seed, CONFIRM, 100, step=counters.step)
+        returns, _ = evaluate_policy(learner.act, config, new_seeds)
         if returns.mean() >= threshold and counters.solved_step is None:
             counters.solved_step = counters.step
-            counters.solved_wall_s = time.perf_counter() - learner.started
-            log.say(f"solved after {counters.solved_wall_s / 60:.1f} min, by 100 fresh episodes")
+            counters.solved_wall_s = time.perf_counter() - started
+            log.line(f"solved after {counters.solved_wall_s / 60:.1f} min, by 100 new episodes")
     is_best = bool(returns.mean() > best)
-    counters.best_return = max(float(returns.mean()), best)
-    over = f"{returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
-    log.say(f"step {counters.step:,}: evaluation {over}{', the best so far' if is_best else ''}")
-    return columns | {"eval_episodes": len(seeds)}, is_best
+    if is_best:
+        counters.best_return = float(returns.mean())
+    result = f"{returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
+    result += ", the best so far" if is_best else ""
+    log.line(f"step {counters.step:,}: evaluation {result}")
+    return columns, is_best
 
 
-def save(learner: Learner, steps: int, iteration_s: float, is_best: bool) -> None:
-    """After an iteration of so many steps and seconds: best.pt, step_N.pt and last.pt, where due.
+def save_if_due(learner: Learner, is_best: bool, iteration_s: float):
+    """Write best.pt, step_N.pt and last.pt where due, after an iteration of `iteration_s` seconds.
 
     last.pt is written where that costs under 1 % of the iteration, else at most every 10 s.
     """
-    config, step, now = learner.config, learner.counters.step, time.perf_counter()
+    step = learner.counters.step
     if is_best:
         learner.save(BEST)
-    if is_due(config.checkpoint_every, step, steps):
-        learner.save(LAST.replace("last", f"step_{step}"))
-    if now - learner.saved_at >= 10 or learner.save_s < 0.01 * iteration_s:
+    if is_due(learner.config.checkpoint_every, step, learner.config):
+        learner.save(f"checkpoints_walker/step_{step}.pt")
+    if learner.save_s < 0.01 * iteration_s or time.perf_counter() - learner.saved_at >= 10:
         learner.save(LAST)
         learner.saved_at = time.perf_counter()
 
 
-def check_finite(values: Metrics, counters: Counters) -> None:
-    """TrainingError that names the first value that is not finite."""
-    for name in (name for name, value in values.items() if not math.isfinite(value)):
-        where = f"{name} is {values[name]} in the iteration after step {counters.step:,}"
-        raise TrainingError(f"{where}: try a lower --learning-rate; last.pt is from before it")
+def check_losses(losses: dict[str, float], step: int):
+    """TrainingError that names the first metric that is not finite."""
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            place = f"{name} is {value} in the iteration after step {step:,}"
+            raise TrainingError(f"{place}: try a lower --learning-rate; last.pt is from before it")
 
 
-def episode_columns(episodes: Sequence[tuple[float, int]]) -> Metrics:
-    """Raw returns and lengths of the episodes that ended in an iteration."""
-    columns: Metrics = {"episodes": len(episodes)}
-    for name, all_ in zip(("return", "length"), zip(*episodes, strict=True), strict=False):
-        columns |= {f"{name}_{f.__name__}": float(f(all_)) for f in (np.mean, min, max)}
-    return columns
-
-
-def film(learner: Learner, log: RunLog, mp4: Path) -> None:
-    """`record_episode` in the world of all films of the run; one line where that cannot be."""
-    try:
-        record_episode(learner.act, learner.config, *env_seeds(learner.config.seed, VIDEO, 1), mp4)
-        log.say(f"video: {mp4}, and a GIF beside it")
-    except (UserError, EnvironmentFailure) as error:
-        log.say(f"no video: {error}")
-
-
-def export(learner: Learner, log: RunLog, with_film: bool) -> None:
-    """Film the best policy there is, and plot the curves."""
-    import viz
-
-    out, env = Path(learner.config.out), learner.config.env
-    if (out / BEST).exists():
-        learner.load(load_checkpoint(out / BEST, env), out / BEST, POLICY)
-    if with_film:
-        film(learner, log, out / FILM)
-    with writing(out / CURVES), explained(TrainingError, "no curves", viz.InputError):
-        viz.plot_training_curves(out / METRICS, out / CURVES, learner.threshold)
-    log.say(f"curves: {out / CURVES}")
-
-
-Outcome = tuple[Counters, int | None]  # where the run stands, and the signal that stopped it
-
-
-def train(config: Config, resume: str | Path | None = None, overwrite: bool = False) -> Outcome:
+def train(config: Config, resume=None, overwrite=False) -> tuple[Counters, int | None]:
     """Train, evaluate, save, log, and at the end film the best policy and plot the curves.
 
     `resume` is the checkpoint to go on from; `overwrite` removes an earlier run's files first.
-    Returns where the run stands, and the signal that stopped it, if one did. Raises UserError
-    before anything is written, TrainingError where training cannot go on.
+    Returns how far the run has come, and the number of the signal that stopped it, if one did.
+    Raises UserError before anything is written, TrainingError if training cannot go on.
     """
-    if join_processes() > 0 and Path(config.out, LAST).exists():
-        resume, overwrite = Path(config.out, LAST), False  # torchrun has started us again
-    rank, steps = process()[0], process()[1] * config.batch_size
-    learner, out = prepare_learner(config, resume), Path(config.out)
-    agent, counters, normalizer = learner.agent, learner.counters, learner.obs_normalizer
     with contextlib.ExitStack() as stack:
+        stack.enter_context(reraise_as(EnvironmentFailure, "a worker failed", *WORKER_ERRORS))
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo on CPUs, NCCL on GPUs
+            dist.init_process_group()
+            stack.callback(dist.destroy_process_group)
+        out, (rank, _) = Path(config.out), rank_and_world_size()
+        steps = config.steps_per_iteration
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (out / LAST).exists():
+            # torchrun has started us again
+            resume, overwrite = out / LAST, False
+        learner = prepare_learner(config, resume)
+        agent, counters = learner.agent, learner.counters
+        configure_torch(agent)
+        loss_function = minibatch_loss
+        if config.compile:  # dynamic: the number of rows changes
+            loss_function = torch.compile(minibatch_loss, mode="reduce-overhead", dynamic=True)
+
         seeds = env_seeds(config.seed, TRAIN, config.num_envs, rank, counters.step)
-        envs, obs = make_vector_env(config, seeds)
-        stack.callback(close_envs, envs)
+        envs, raw_obs = make_vector_env(config, learner.env, seeds)
+        stack.callback(envs.close)
         stop = stack.enter_context(StopSignals())
-        any_process(False)  # every process has read what rank 0 may remove now
+        # every process has read what rank 0 may remove now
+        any_process(False)
         if rank == 0:
             stack.callback(claim_folder(out, resume, overwrite).release)
-            write_config(config, learner.threshold, out / CONFIG)
-            learner.save(LAST)  # before metrics.csv is cut to its step: killed between, they fit
-            log = stack.enter_context(RunLog(out / METRICS, config, counters))
-        rollout = Rollout(config, normalizer.normalize(obs).to(learner.device), learner.spaces[1])
+            write_config(config, learner.threshold, out / CONFIG_JSON)
+            # before metrics.csv is cut to its step: killed between, they fit
+            learner.save(LAST)
+            log = stack.enter_context(RunLog(out / METRICS_CSV, config, counters))
+        first_obs = learner.obs_normalizer.normalize(raw_obs).to(learner.device)
+        rollout = Rollout(config, learner.env, seeds, first_obs)
+        # as if the run had been in one piece
+        started = time.perf_counter() - counters.wall_s
 
         while not any_process(learner.is_done() or stop.received is not None):
             # set the learning rate and the random numbers, by the absolute step
@@ -1318,14 +1555,16 @@ def train(config: Config, resume: str | Path | None = None, overwrite: bool = Fa
             schedule_learning_rates(learner.optimizer, config, counters.step)
 
             # collect a rollout
-            episodes = collect_rollout(envs, agent, normalizer, rollout)
+            episodes = collect_rollout(envs, agent, learner.obs_normalizer, rollout)
             collected = time.perf_counter()
 
-            # compute advantages of the normalised rewards; update
-            rewards = learner.reward_normalizer(rollout.rewards, rollout.valid, rollout.discounted)
+            # compute advantages of the normalized rewards; update
+            rewards = learner.reward_normalizer.normalize(
+                rollout.rewards, rollout.valid, rollout.discounted_return
+            )
             batch = make_batch(rollout, agent, rewards, config)
-            losses = update(agent, learner.optimizer, batch, config)
-            check_finite(losses, counters)
+            losses = update(agent, learner.optimizer, batch, config, loss_function)
+            check_losses(losses, counters.step)
             counters.step += steps
             counters.iteration += 1
             updated = time.perf_counter()
@@ -1333,42 +1572,25 @@ def train(config: Config, resume: str | Path | None = None, overwrite: bool = Fa
                 continue  # rank 0 evaluates, logs and saves
 
             # evaluate, if due
-            evaluation, is_best = evaluate_and_rank(learner, steps, log)
+            evaluation, is_best = evaluate_if_due(learner, log, started)
             ended = time.perf_counter()
-            counters.wall_s = ended - learner.started
+            counters.wall_s = ended - started
 
             # log a row
-            row = dataclasses.asdict(counters) | episode_columns(episodes) | losses | evaluation
-            row |= {"collect_s": collected - began, "update_s": updated - collected}
-            row |= {"eval_s": ended - updated, "steps_per_s": steps / (updated - began)}
-            log.row(row)
+            row = {"step": counters.step, "iteration": counters.iteration}
+            row.update(wall_s=counters.wall_s, steps_per_s=steps / (updated - began))
+            row.update(collect_s=collected - began, update_s=updated - collected)
+            row.update(eval_s=ended - updated, **episode_columns(episodes), **losses, **evaluation)
+            log.row(row, counters.best_return)
 
             # save
-            save(learner, steps, ended - began, is_best)
-            if is_due(config.record_every, counters.step, steps):
-                film(learner, log, out / f"videos/step_{counters.step}.mp4")
+            save_if_due(learner, is_best, ended - began)
+            if is_due(config.record_every, counters.step, config):
+                film_policy(learner, log, out / f"videos/step_{counters.step}.mp4")
 
         if rank == 0:
             learner.save(LAST)
-            best = "" if counters.best_return is None else f", best {counters.best_return:.1f}"
-            log.say(f"{counters.step:,} steps in {counters.wall_s / 60:.1f} min{best}")
             export(learner, log, with_film=stop.received != signal.SIGTERM)
-        any_process(False)  # a launcher ends all when one ends: not before the film is done
+        # a launcher ends all when one ends: not before the film is done
+        any_process(False)
     return counters, stop.received
-
-
-def load_learner(checkpoint: str, env: str | None, seed: int, device: str, out: str) -> Learner:
-    """A trained policy with its statistics. UserError where it is none, or does not fit `env`."""
-    state = load_checkpoint(checkpoint, env)
-    config = checked(Config.for_env, state["config"], checkpoint)
-    changes = {} if env in (None, config.env) else {"env": env, "env_kwargs": ()}
-    learner = Learner(dataclasses.replace(config, seed=seed, device=device, out=out, **changes))
-    learner.load(state, checkpoint, (*POLICY, "reward_normalizer"))
-    return learner
-
-
-def show(act: Act, config: Config, seeds: Sequence[int], seconds: float) -> None:
-    """Play episodes in a window for `seconds` of simulated time, one after another."""
-    steps = math.ceil(seconds * make_env(config).metadata.get("render_fps", 30))
-    *_, (env, _) = itertools.islice(play(act, config, seeds, 1, "human"), steps)
-    env.close()

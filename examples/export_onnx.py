@@ -3,7 +3,7 @@
     pip install onnx onnxscript
     python examples/export_onnx.py checkpoints_walker/pretrained.pt policy.onnx
 
-The observation normaliser and the clipping of actions are inside, so that `policy.onnx` does what
+The observation normalizer and the clipping of actions are inside, so that `policy.onnx` does what
 `Learner.act` does in evaluation and film. Its input `obs` is (batch, O) in the type of the
 environment's observations, its output `actions` (batch, A); any batch. To run it:
 

@@ -5,7 +5,7 @@
 
 Every hidden unit is there twice, and what it passes on is shared out unevenly between the two, so
 that they do not stay equal (Chen et al. 2016, https://arxiv.org/abs/1511.05641). For `--init-from`
-only: the optimiser's state does not fit the new shapes. Networks of vectors, without layer norm.
+only: the optimizer's state does not fit the new shapes. Networks of vectors, without layer norm.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def main(argv: Sequence[str]) -> int:
     data = io.BytesIO()
     try:
         state = core.load_checkpoint(argv[0], env="any: it is not made here")
-        config = core.checked(core.Config.for_env, state["config"], argv[0])
+        config = core.config_from(state["config"], argv[0])
         if config.layer_norm or any(weight.ndim > 2 for weight in state["agent"].values()):
             raise core.UserError(f"{argv[0]} has layer norm, or is a network for images")
         widen(state["agent"], torch.Generator().manual_seed(0))
         nets = {"actor_hidden": config.actor_hidden, "critic_hidden": config.critic_hidden}
         nets = {name: tuple(2 * units for units in hidden) for name, hidden in nets.items()}
-        state["config"] = core.plain_settings(dataclasses.replace(config, **nets))
+        state["config"] = core.saved_settings(dataclasses.replace(config, **nets))
         torch.save(state, data)
         with core.atomic_path(Path(argv[1])) as temporary:
             temporary.write_bytes(data.getvalue())

@@ -102,7 +102,7 @@ def wait_for(process: subprocess.Popen, what: Callable[[], bool]) -> None:
 
 def rows(out: Path) -> list[dict[str, str]]:
     """The cells of a run's metrics.csv, as they are written."""
-    with open(out / core.METRICS, newline="") as file:
+    with open(out / core.METRICS_CSV, newline="") as file:
         return list(csv.DictReader(file))
 
 

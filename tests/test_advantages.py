@@ -1,7 +1,5 @@
 """Advantages under two endings and reset rows, and the batch made of them."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 
@@ -13,8 +11,8 @@ import toy_envs
 import walker_core as core
 
 
-def row(*numbers: float) -> torch.Tensor:
-    """A column over time for one environment, (T, 1)."""
+def column(*numbers: float) -> torch.Tensor:
+    """Numbers over time for one environment, (T, 1)."""
     return torch.tensor(numbers, dtype=torch.float64)[:, None]
 
 
@@ -59,21 +57,21 @@ def slow_gae(rewards, values, terminated, truncated, valid, gamma, lam) -> np.nd
 
 @pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (0.9, 0.0), (1.0, 1.0), (0.5, 0.3)])
 def test_advantages_are_the_sum_of_the_definition_on_random_episodes(gamma, lam):
-    rows = 0
-    for seed in range(100):
-        rewards, values, terminated, truncated, valid = random_rollout(seed)
-        tensors = map(torch.from_numpy, (rewards, values, terminated, truncated))
-        advantages, returns = core.compute_gae(*tensors, gamma, lam)
-        expected = slow_gae(rewards, values, terminated, truncated, valid, gamma, lam)
+    reset_rows = 0
+    for seed in range(50):
+        *rollout, valid = random_rollout(seed)
+        advantages, returns = core.compute_gae(*map(torch.from_numpy, rollout), gamma, lam)
+        expected = slow_gae(*rollout, valid, gamma, lam)
+        values = rollout[1][:-1]
         np.testing.assert_allclose(advantages.numpy()[valid], expected[valid], rtol=1e-10)
-        np.testing.assert_allclose((returns - advantages)[valid], values[:-1][valid], atol=1e-12)
-        rows += (~valid).sum()
-    assert rows > 500  # there were many reset rows
+        np.testing.assert_allclose((returns - advantages)[valid], values[valid], atol=1e-12)
+        reset_rows += (~valid).sum()
+    assert reset_rows > 200
 
 
 def test_termination_stops_the_bootstrap():
     advantages, returns = core.compute_gae(
-        row(1, 2), row(10, 20, 1e6), flags(0, 1), flags(0, 0), gamma=0.5, gae_lambda=0.5
+        column(1, 2), column(10, 20, 1e6), flags(0, 1), flags(0, 0), gamma=0.5, gae_lambda=0.5
     )
     last = 2 - 20
     assert advantages[:, 0].tolist() == [1 + 0.5 * 20 - 10 + 0.25 * last, last]
@@ -82,45 +80,21 @@ def test_termination_stops_the_bootstrap():
 
 def test_truncation_bootstraps_from_the_last_observation():
     advantages, _ = core.compute_gae(
-        row(1, 2), row(10, 20, 40), flags(0, 0), flags(0, 1), gamma=0.5, gae_lambda=0.5
+        column(1, 2), column(10, 20, 40), flags(0, 0), flags(0, 1), gamma=0.5, gae_lambda=0.5
     )
     last = 2 + 0.5 * 40 - 20
     assert advantages[:, 0].tolist() == [1 + 0.5 * 20 - 10 + 0.25 * last, last]
 
 
 @pytest.mark.parametrize("ending", [(1, 0), (0, 1), (1, 1)])
-def test_either_ending_stops_the_trace_of_the_next_episode(ending):
-    endings, found = [flags(e, 0, 0) for e in ending], []
-    for later in (0.0, 1e9):
-        rewards, values = row(1, 0, later), row(3, 5, later, later)
-        advantages, _ = core.compute_gae(rewards, values, *endings, 0.9, 1.0)
+def test_either_ending_stops_the_trace(ending):
+    terminated, truncated = (flags(value, 0, 0) for value in ending)
+    found = []
+    for later in (0.0, 1e9):  # in the next episode
+        rewards, values = column(1, 0, later), column(3, 5, later, later)
+        advantages, _ = core.compute_gae(rewards, values, terminated, truncated, 0.9, 1.0)
         found.append(advantages[0, 0].item())
-    assert found[0] == found[1] == 1 + (0 if ending[0] else 0.9 * 5) - 3
-
-
-def test_the_end_of_a_rollout_bootstraps_and_is_no_ending():
-    advantages, _ = core.compute_gae(row(1), row(10, 20), flags(0), flags(0), 0.5, 0.95)
-    assert advantages.item() == 1 + 0.5 * 20 - 10
-
-
-def test_with_lambda_one_the_advantage_is_the_monte_carlo_return_minus_the_value():
-    rng = np.random.default_rng(0)
-    rewards, values = rng.normal(size=9), rng.normal(size=10)
-    terminated = flags(*[0] * 8, 1)
-    advantages, returns = core.compute_gae(
-        row(*rewards), row(*values), terminated, flags(*[0] * 9), 0.9, 1.0
-    )
-    monte_carlo = [sum(0.9**j * r for j, r in enumerate(rewards[t:])) for t in range(9)]
-    np.testing.assert_allclose(returns[:, 0], monte_carlo, rtol=1e-12)
-    np.testing.assert_allclose(advantages[:, 0], monte_carlo - values[:-1], rtol=1e-12)
-
-
-def test_with_lambda_zero_the_advantage_is_the_error_of_one_step():
-    rewards, values, terminated, truncated, _ = random_rollout(3)
-    tensors = map(torch.from_numpy, (rewards, values, terminated, truncated))
-    advantages, _ = core.compute_gae(*tensors, 0.9, 0.0)
-    expected = rewards + 0.9 * values[1:] * ~terminated - values[:-1]
-    np.testing.assert_allclose(advantages, expected, rtol=1e-12)
+    assert found == [1 + (0 if ending[0] else 0.9 * 5) - 3] * 2
 
 
 # ---- batch ---------------------------------------------------------------------------------------
@@ -129,84 +103,72 @@ def test_with_lambda_zero_the_advantage_is_the_error_of_one_step():
 def collected(**settings):
     """The second rollout of a script with both endings: it begins with reset rows."""
     torch.manual_seed(0)
-    config = toy_envs.script_config((3, -4, 7, -7), init_std=2.0, **settings)
+    settings = {"gamma": 0.9, "gae_lambda": 0.7, "init_std": 2.0, **settings}
+    config = toy_envs.script_config((3, -4, 7, -7), **settings)
     collection = toy_envs.Collection(config)
     collection.rollout()
     return collection, collection.rollout(), config
 
 
-def test_a_batch_holds_the_valid_rows_and_their_advantages_by_the_slow_loop():
-    collection, buffer, config = collected(gamma=0.9, gae_lambda=0.7)
-    valid, agent = buffer.valid, collection.learner.agent
-    batch = core.make_batch(buffer, agent, buffer.rewards, config)
+def slow_advantages(buffer, rewards, values, terminated, truncated) -> np.ndarray:
+    """Those of the valid rows, before normalization."""
+    tensors = (rewards, values, terminated, truncated, buffer.valid)
+    return slow_gae(*(tensor.numpy() for tensor in tensors), 0.9, 0.7)[buffer.valid.numpy()]
+
+
+def test_a_batch_holds_the_valid_rows_and_their_advantages_with_mean_0_and_std_1():
+    collection, buffer, config = collected()
+    valid, agent, rewards = buffer.valid, collection.learner.agent, 100 + buffer.rewards
+    batch = core.make_batch(buffer, agent, rewards, config)
     assert 0 < (~valid).sum() < valid.sum() == len(batch.obs)
     values = agent.value(buffer.obs).detach()
-    tensors = (buffer.rewards, values, buffer.terminated, buffer.truncated, valid)
-    raw = slow_gae(*(tensor.numpy() for tensor in tensors), 0.9, 0.7)[valid.numpy()]
+    raw = slow_advantages(buffer, rewards, values, buffer.terminated, buffer.truncated)
     torch.testing.assert_close(batch.obs, buffer.obs[:-1][valid])
     torch.testing.assert_close(batch.actions, buffer.actions[valid])
     torch.testing.assert_close(batch.logprobs, buffer.logprobs[valid])
     torch.testing.assert_close(batch.values, values[:-1][valid])
-    np.testing.assert_allclose(batch.returns, raw + batch.values.numpy(), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(batch.advantages, (raw - raw.mean()) / raw.std(), atol=1e-5)
+    np.testing.assert_allclose(batch.returns, raw + batch.values.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(batch.advantages, (raw - raw.mean()) / raw.std(), atol=1e-4)
+    assert not any(tensor.requires_grad for tensor in batch)
 
 
 def test_a_termination_that_pays_more_than_a_failure_is_bootstrapped_like_a_truncation():
     """By the reward as the environment gave it, whatever it was scaled to."""
-    collection, buffer, config = collected(gamma=0.9, gae_lambda=0.7)
-    valid, agent = buffer.valid, collection.learner.agent
-    paid = sorted(buffer.rewards[buffer.terminated].tolist())
-    bound = paid[0]
-    failed = buffer.terminated & (buffer.rewards <= bound)
-    assert bound < paid[-1]
-    config = dataclasses.replace(config, failure_reward=bound)
-    batch = core.make_batch(buffer, agent, buffer.rewards - 50, config)
+    collection, buffer, config = collected()
+    agent, rewards = collection.learner.agent, buffer.rewards - 50
+    paid = buffer.rewards[buffer.terminated]
+    failed = buffer.terminated & (buffer.rewards <= paid.min())
+    assert paid.min() < paid.max()
+    config = dataclasses.replace(config, failure_reward=float(paid.min()))
+    batch = core.make_batch(buffer, agent, rewards, config)
     cut = buffer.truncated | (buffer.terminated & ~failed)
-    values = agent.value(buffer.obs).detach()
-    tensors = (buffer.rewards - 50, values, failed, cut, valid)
-    raw = slow_gae(*(tensor.numpy() for tensor in tensors), 0.9, 0.7)[valid.numpy()]
+    raw = slow_advantages(buffer, rewards, agent.value(buffer.obs).detach(), failed, cut)
     np.testing.assert_allclose(batch.returns, raw + batch.values.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_fall_of_the_walker_is_the_failure_of_its_preset():
     config = core.Config.for_env("BipedalWalker-v3")
-    seeds = core.env_seeds(1, core.TEST, 5)
-    *_, (_, last) = core.play(lambda obs: np.ones((len(obs), 4), np.float32), config, seeds)
+    *_, (_, last) = core.play(lambda obs: np.ones((len(obs), 4), np.float32), config, [1])
     assert last["terminated"]
     assert last["rewards"] == config.failure_reward == -100
 
 
-def test_advantages_have_mean_zero_and_std_one_over_the_valid_rows():
-    collection, buffer, config = collected()
-    batch = core.make_batch(buffer, collection.learner.agent, 100 + buffer.rewards, config)
-    np.testing.assert_allclose(batch.advantages.mean(), 0, atol=1e-5)
-    np.testing.assert_allclose(batch.advantages.std(correction=0), 1, rtol=1e-5)
-
-
 def test_what_stands_on_reset_rows_changes_nothing_in_the_batch():
     collection, buffer, config = collected()
-    running, normalizer = collection.buffer.discounted, collection.learner.reward_normalizer
+    running, normalizer = collection.buffer.discounted_return, collection.learner.reward_normalizer
     batches = []
     for poison in (0.0, 1e30):
-        poisoned, stats = copy.deepcopy(buffer), copy.deepcopy(normalizer)
+        poisoned, statistics = copy.deepcopy(buffer), copy.deepcopy(normalizer)
         for tensor in (poisoned.actions, poisoned.logprobs, poisoned.rewards):
             tensor[~buffer.valid] = poison
-        rewards = stats(poisoned.rewards, poisoned.valid, running.clone())
+        rewards = statistics.normalize(poisoned.rewards, poisoned.valid, running.clone())
         batches.append(core.make_batch(poisoned, collection.learner.agent, rewards, config))
     for name, clean, poisoned in zip(core.Batch._fields, *batches, strict=True):
         assert torch.equal(clean, poisoned), name
 
 
-def test_a_batch_needs_no_gradient():
-    collection, buffer, config = collected()
-    batch = core.make_batch(buffer, collection.learner.agent, buffer.rewards, config)
-    assert not any(tensor.requires_grad for tensor in batch)
-
-
 def test_a_rollout_of_equal_advantages_gives_zeros_and_not_nan():
     collection, buffer, config = collected(gamma=0.0)
-    with torch.no_grad():
-        for parameter in collection.learner.agent.critic.parameters():
-            parameter.zero_()
+    torch.nn.init.zeros_(collection.learner.agent.critic[-1].weight)
     batch = core.make_batch(buffer, collection.learner.agent, torch.ones(7, 4), config)
     assert not batch.advantages.any()

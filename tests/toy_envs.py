@@ -158,24 +158,18 @@ class Wide(Reach):
 class Shapes(gym.Env):
     """Never stepped: only its spaces matter."""
 
-    def __init__(
-        self, observation: gym.Space, action: gym.Space, render_mode: str | None = None
-    ) -> None:
+    def __init__(self, observation: gym.Space, action: gym.Space) -> None:
         self.observation_space, self.action_space = observation, action
 
 
 FLOATS, WHOLE = Box(-1, 1, (3,), np.float32), Box(-9, 9, (3,), np.int64)
-DISCRETE, MATRIX = gym.spaces.Discrete(3), Box(0, 1, (4, 4), np.float32)
-PICTURE, THUMBNAIL = Box(0, 1, (64, 64, 3), np.float32), Box(0, 255, (39, 64, 3), np.uint8)
+THUMBNAIL = Box(0, 255, (39, 64, 3), np.uint8)
 UNSUPPORTED = {  # name: spaces, and which of the two PPO cannot use
-    "Toy/DiscreteObs-v0": ((DISCRETE, FLOATS), "observation"),
     "Toy/DictObs-v0": ((gym.spaces.Dict({"a": FLOATS}), FLOATS), "observation"),
-    "Toy/MatrixObs-v0": ((MATRIX, FLOATS), "observation"),
-    "Toy/FloatImageObs-v0": ((PICTURE, FLOATS), "observation"),
-    "Toy/SmallImageObs-v0": ((THUMBNAIL, FLOATS), "observation"),
+    "Toy/DiscreteObs-v0": ((gym.spaces.Discrete(3), FLOATS), "observation"),
     "Toy/WholeObs-v0": ((WHOLE, FLOATS), "observation"),
+    "Toy/SmallImageObs-v0": ((THUMBNAIL, FLOATS), "observation"),
     "Toy/ManyDiscreteAction-v0": ((FLOATS, gym.spaces.MultiDiscrete([2, 3])), "action"),
-    "Toy/MatrixAction-v0": ((FLOATS, MATRIX), "action"),
     "Toy/WholeAction-v0": ((FLOATS, WHOLE), "action"),
 }
 
@@ -184,8 +178,8 @@ gym.register("Toy/Falls-v0", Falls)
 gym.register("Toy/Reach-v0", Reach, max_episode_steps=10)
 gym.register("Toy/Faulty-v0", Faulty, max_episode_steps=10)
 gym.register("Toy/Wide-v0", Wide, max_episode_steps=10)
-for _name, (_spaces, _) in UNSUPPORTED.items():
-    gym.register(_name, Shapes, kwargs=dict(zip(("observation", "action"), _spaces, strict=True)))
+for _name, ((_observation, _action), _) in UNSUPPORTED.items():
+    gym.register(_name, Shapes, kwargs={"observation": _observation, "action": _action})
 
 
 def pay(tag: int, episode: int, k: int) -> float:
@@ -228,12 +222,12 @@ class Collection:
 
     def __init__(self, config: core.Config, restart_at=None) -> None:
         self.learner = core.Learner(config)
-        seeds = range(config.num_envs)
-        self.envs, self.first_obs = core.make_vector_env(config, seeds)
-        self.envs.restart_at[:] = sys.maxsize if restart_at is None else restart_at  # none is cut
         self.normalizer = self.learner.obs_normalizer
+        seeds = range(config.num_envs)
+        self.envs, self.first_obs = core.make_vector_env(config, self.learner.env, seeds)
         first_obs = self.normalizer.normalize(self.first_obs)
-        self.buffer = core.Rollout(config, first_obs, self.learner.spaces[1])
+        self.buffer = core.Rollout(config, self.learner.env, seeds, first_obs)
+        self.buffer.restart_at[:] = sys.maxsize if restart_at is None else restart_at
         self.episodes: list[tuple[float, int]] = []
 
     def rollout(self) -> core.Rollout:
@@ -244,4 +238,5 @@ class Collection:
 
     def rewards(self, buffer: core.Rollout) -> core.Tensor:
         """The rewards that training would use, by the running statistics."""
-        return self.learner.reward_normalizer(buffer.rewards, buffer.valid, self.buffer.discounted)
+        normalize = self.learner.reward_normalizer.normalize
+        return normalize(buffer.rewards, buffer.valid, self.buffer.discounted_return)

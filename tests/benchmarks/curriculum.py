@@ -2,7 +2,7 @@
 
     python tests/benchmarks/curriculum.py --seeds 1 2 3
 
-Three ways to spend 2M steps: 1.5M of the preset, which clips the normalised reward at -1, and from
+Three ways to spend 2M steps: 1.5M of the preset, which clips the normalized reward at -1, and from
 that policy 0.5M with the clip at -10; the clip at -10 from the first step; the preset throughout.
 Draws `plots/pretrained_curriculum.png`. A training that `--out` holds whole is not run again.
 Needs envpool.

@@ -33,7 +33,7 @@ class Figures(NamedTuple):
 
 def sample(path: Path) -> None:
     """From now on, every iteration adds to a file: its number, resident KiB, open files, time."""
-    save, page = core.save, os.sysconf("SC_PAGESIZE") // 1024
+    save, page = core.save_if_due, os.sysconf("SC_PAGESIZE") // 1024
 
     def sampled(learner: core.Learner, *args: Any) -> None:
         save(learner, *args)
@@ -42,7 +42,7 @@ def sample(path: Path) -> None:
         with open(path, "a") as file:
             print(learner.counters.iteration, resident, files, time.perf_counter(), file=file)
 
-    core.save = sampled
+    core.save_if_due = sampled
 
 
 def figures(path: Path, warm: int) -> Figures:

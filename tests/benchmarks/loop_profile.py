@@ -95,12 +95,12 @@ def matmul_floor(batch: core.Batch, agent: core.ActorCritic, config: core.Config
 
 def floor_of_collecting(learner: core.Learner, actions: Any, seeds: list[int]) -> float:
     """Seconds in which a vector env of its own does as many steps, with actions made before."""
-    envs, _ = core.make_vector_env(learner.config, seeds)
+    envs, _ = core.make_vector_env(learner.config, learner.env, seeds)
     began = time.perf_counter()
     for action in actions:
         envs.step(action)
     seconds = time.perf_counter() - began
-    core.close_envs(envs)
+    envs.close()
     return seconds
 
 
@@ -111,12 +111,12 @@ def main() -> None:
     learner = core.Learner(config)
     learner.load(state, POLICY, core.POLICY)
     agent, seeds = learner.agent, core.env_seeds(1, core.TRAIN, config.num_envs)
-    envs, obs = core.make_vector_env(config, seeds)
-    rollout = core.Rollout(config, learner.obs_normalizer.normalize(obs), learner.spaces[1])
+    envs, obs = core.make_vector_env(config, learner.env, seeds)
+    rollout = core.Rollout(config, learner.env, seeds, learner.obs_normalizer.normalize(obs))
 
     time_calls(envs, "step", "vector steps")
     time_calls(agent, "act", "policy")
-    time_calls(learner.obs_normalizer, "normalize", "observation normaliser")
+    time_calls(learner.obs_normalizer, "normalize", "observation normalizer")
     for env in getattr(envs, "envs", ()):
         time_inside(env)
         time_calls(env, "step", "wrapped steps")
@@ -124,8 +124,8 @@ def main() -> None:
     time_calls(agent, "evaluate_actions", "forward: policy")
     time_calls(core, "ppo_loss", "forward: loss")
     time_calls(torch.Tensor, "backward", "backward")
-    time_calls(learner.optimizer, "step", "optimiser")
-    time_calls(learner.optimizer, "zero_grad", "optimiser")
+    time_calls(learner.optimizer, "step", "optimizer")
+    time_calls(learner.optimizer, "zero_grad", "optimizer")
     time_calls(torch.nn.utils, "clip_grad_norm_", "gradient norm")
 
     samples = []
@@ -145,7 +145,9 @@ def iteration(learner: core.Learner, envs: Any, rollout: core.Rollout, seeds: li
     collected = dict(spent)
 
     began = time.perf_counter()
-    rewards = learner.reward_normalizer(rollout.rewards, rollout.valid, rollout.discounted)
+    rewards = learner.reward_normalizer.normalize(
+        rollout.rewards, rollout.valid, rollout.discounted_return
+    )
     batch = core.make_batch(rollout, agent, rewards, config)
     part["advantages"] = time.perf_counter() - began
     spent.clear()
@@ -184,15 +186,15 @@ def report(part: dict[str, float], config: core.Config, inside: bool) -> None:
         line("    resets", part.get("resets", 0.0))
         line("    wrappers of one environment", rest("wrapped steps", "bare steps"))
         line("    SyncVectorEnv", rest("vector steps", "wrapped steps", "resets"))
-    for name in ("policy", "observation normaliser"):
+    for name in ("policy", "observation normalizer"):
         line(f"  {name}", part[name])
-    inner = ("vector steps", "policy", "observation normaliser")
+    inner = ("vector steps", "policy", "observation normalizer")
     line("  buffers, episodes, clipping", rest("collect", *inner))
     line("rewards, values, advantages", part["advantages"])
     line("update", part["update"])
     line("  floor: its matrix products alone", part["floor: update"])
     inner = ("forward: policy", "forward: value", "forward: loss", "backward", "gradient norm")
-    inner = (*inner, "optimiser")
+    inner = (*inner, "optimizer")
     for name in inner:
         line(f"  {name}", part[name])
     line("  minibatches", rest("update", *inner))

@@ -66,12 +66,12 @@ class Pair:
 
         New environments each time: Box2D's worlds are not quite the same after another life.
         """
-        envs, obs = core.make_vector_env(self.config, self.seeds)
-        envs.restart_at[:] = sys.maxsize  # the bare ones cannot know of restarts
+        envs, obs = core.make_vector_env(self.config, self.learner.env, self.seeds)
         torch.manual_seed(0)
         normalizer = copy.deepcopy(self.learner.obs_normalizer)
         first_obs = normalizer.normalize(obs)
-        buffer = core.Rollout(self.config, first_obs, self.learner.spaces[1])
+        buffer = core.Rollout(self.config, self.learner.env, self.seeds, first_obs)
+        buffer.restart_at[:] = sys.maxsize  # the bare ones cannot know of restarts
         agent, space = self.learner.agent, envs.single_action_space
         clock = Clock()
         for i in range(self.rollouts):
@@ -89,7 +89,7 @@ class Pair:
 
     def step_bare(self) -> Clock:
         """The environments alone, given the recorded actions."""
-        envs, _ = core.make_vector_env(self.config, self.seeds)
+        envs, _ = core.make_vector_env(self.config, self.learner.env, self.seeds)
         clock = Clock()
         for actions, expected in zip(self.actions, self.rewards, strict=True):
             rewards = []
@@ -124,7 +124,7 @@ def measure_shares(config: core.Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(sys.stderr):  # the run's own lines
             core.train(dataclasses.replace(config, out=folder))
-        with open(Path(folder, core.METRICS), newline="") as file:
+        with open(Path(folder, core.METRICS_CSV), newline="") as file:
             rows = list(csv.DictReader(file))
     wall, steps = float(rows[-1]["wall_s"]), int(rows[-1]["step"])
     shares = {name: sum(float(row[f"{name}_s"]) for row in rows) for name in PARTS}

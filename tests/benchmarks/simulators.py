@@ -22,7 +22,8 @@ import walker_core as core
 def returns_on_envpool(learner: core.Learner, seeds: list[int]) -> np.ndarray:
     """One episode of each seed, all at once."""
     changes = {"vector_env": "envpool", "num_envs": len(seeds), "minibatch_size": 2}
-    envs, obs = core.make_vector_env(dataclasses.replace(learner.config, **changes), seeds)
+    config = dataclasses.replace(learner.config, **changes)
+    envs, obs = core.make_vector_env(config, learner.env, seeds)
     returns, running = np.zeros(len(seeds)), np.ones(len(seeds), bool)
     while running.any():
         obs, rewards, terminated, truncated, _ = envs.step(learner.act(obs))
@@ -41,7 +42,7 @@ def main() -> None:
     for checkpoint in options.checkpoints:
         learner = core.load_learner(checkpoint, options.env, 0, "cpu", ".")
         seeds = core.env_seeds(0, core.TEST, options.episodes)
-        on_gymnasium, _ = core.evaluate(learner.act, learner.config, seeds)
+        on_gymnasium, _ = core.evaluate_policy(learner.act, learner.config, seeds)
         for name, returns in (
             ("Gymnasium", on_gymnasium),
             ("EnvPool", returns_on_envpool(learner, seeds)),

@@ -76,10 +76,10 @@ class Judge:
         now = time.perf_counter()
         self.train_s += now - self.mark
         seeds = core.env_seeds(self.seed, core.EVALUATE, 10)
-        returns, confirmed = core.evaluate(act, self.config, seeds)[0], None
+        returns, confirmed = core.evaluate_policy(act, self.config, seeds)[0], None
         if returns.mean() >= THRESHOLD:
             fresh = core.env_seeds(self.seed, core.CONFIRM, 100, step=step)
-            confirmed = core.evaluate(act, self.config, fresh)[0].mean()
+            confirmed = core.evaluate_policy(act, self.config, fresh)[0].mean()
         self.mark = time.perf_counter()
         self.eval_s += self.mark - now
         mean, rss = returns.mean(), resident_mb(os.getpid())
@@ -127,7 +127,7 @@ def run_ours(trainer: str, seed: int, limit_s: float) -> None:
                 if memory[-1][0] > 2 * limit_s:
                     process.terminate()
                 time.sleep(2)
-        with open(Path(out, core.METRICS), newline="") as file:
+        with open(Path(out, core.METRICS_CSV), newline="") as file:
             rows = list(csv.DictReader(file))
         counters = core.load_checkpoint(Path(out, core.LAST))["counters"]
         is_solved = counters["solved_step"] is not None
