@@ -517,7 +517,7 @@ def plot_story(npz_paths, png_path):
 def plot_value(npz_path, png_path):
     """Draw predicted values against realized returns.
 
-    Returns one line of text with three numbers over all steps, in units of normalised reward:
+    Returns one line of text with three numbers over all steps, in units of normalized reward:
     explained variance, bias (the mean of prediction - return) and RMSE. Errors as in `plot_gait`.
     """
     data = read_arrays(npz_path, VALUE_ARRAYS + VALUE_NUMBERS)

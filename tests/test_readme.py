@@ -1,4 +1,4 @@
-"""The README names only commands, flags and files that there are."""
+"""The README is short, and names only commands, flags and files that exist."""
 
 from __future__ import annotations
 
@@ -14,56 +14,77 @@ import walker
 import walker_core as core
 
 ROOT = TESTS.parent
-TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```\n(.*?)```", TEXT, re.DOTALL)
-SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"```\n.*?```", "", TEXT, flags=re.DOTALL))
-LINES = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
-COMMANDS = [
-    part.partition("walker.py")[2]
-    for line in [*LINES, *SPANS]
-    for part in line.split(" && ")
-    if re.match(r"(python|torchrun\b.*) walker\.py\b", part) and "…" not in part
-]
-LAUNCHER = "standalone nproc-per-node nnodes rdzv-backend rdzv-endpoint max-restarts".split()
-SCRIPTS = "seeds limit cleanrl report points random processes repeats episodes".split()
+README = (ROOT / "README.md").read_text()
+RECORDS = (ROOT / "tests/benchmarks/RECORDS.md").read_text()
+OTHER_PROGRAMS = {"standalone", "nproc-per-node", "index-url", "seeds"}  # their flags
 
 
-def known_flags() -> set[str]:
-    names = {field.name for field in dataclasses.fields(core.Config)}
-    names |= {field.name for field in dataclasses.fields(walker.Evaluation)}
-    flags = {name.replace("_", "-") for name in names} | {"resume", "overwrite", "config", "help"}
-    flags |= {f"no-{f.name}".replace("_", "-") for f in dataclasses.fields(core.Config)}
-    return flags | {*LAUNCHER, *SCRIPTS}
+def code_lines(text: str) -> list[str]:
+    """The lines of a document's code blocks, without comments."""
+    blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
 
 
-@pytest.mark.parametrize("typed", sorted(set(COMMANDS)))
-def test_every_command_of_the_readme_is_understood(typed, tmp_path, monkeypatch):
+def spans(text: str) -> list[str]:
+    """What a document has in `backquotes`."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+def walker_arguments(text: str) -> list[str]:
+    """What the document's commands pass to walker.py."""
+    commands = [part for line in code_lines(text) + spans(text) for part in line.split(" && ")]
+    return [
+        command.partition("walker.py")[2]
+        for command in commands
+        if re.match(r"(python|torchrun\b.*) walker\.py\b", command) and "…" not in command
+    ]
+
+
+def test_the_readme_is_at_most_150_lines_and_1600_words_and_starts_with_the_commands():
+    assert len(README.splitlines()) <= 150
+    assert len(README.split()) <= 1600
+    first = README.splitlines()[:20]
+    assert "pip install -r requirements.txt && python walker.py" in first
+    assert "pip install -r requirements.txt && python -m pytest" in first
+
+
+@pytest.mark.parametrize("arguments", sorted(set(walker_arguments(README + RECORDS))))
+def test_every_command_of_the_documents_parses(arguments, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "checkpoints_walker", tmp_path / "checkpoints_walker")
     shutil.copy(ROOT / "checkpoints_walker/pretrained_default.pt", tmp_path / core.LAST)
     monkeypatch.chdir(tmp_path)
-    words = shlex.split(typed)
+    words = shlex.split(arguments)
     if words[:1] == ["evaluate"]:
-        assert walker.parse(walker.Evaluation, words[1:]).checkpoint.endswith(".pt")
-    elif "--help" not in words:
+        parser = walker.make_parser(walker.Evaluation(), "evaluate")
+        parser.add_argument("checkpoint")
+        typed = walker.parse(parser, words[1:])
+        assert typed.pop("checkpoint").endswith((".pt", "FILE"))
+        walker.Evaluation(**typed)
+    elif words != ["--help"]:
         config, _, _ = walker.parse_training(words)
-        assert config.env in typed or config.env == "BipedalWalker-v3"
+        assert config.env in arguments or config.env == "BipedalWalker-v3"
 
 
-def test_there_are_commands_of_every_kind():
-    assert len(set(COMMANDS)) > 15
-    assert any("evaluate" in typed for typed in COMMANDS)
-
-
-def test_every_flag_of_the_readme_is_one():
-    named = {flag for text in [*LINES, *SPANS] for flag in re.findall(r"(?<!\S)--([a-z-]+)", text)}
+def test_every_flag_of_the_readme_exists():
+    fields = dataclasses.fields(core.Config) + dataclasses.fields(walker.Evaluation)
+    known = {core.flag_name(field.name) for field in fields}
+    known |= {f"no-{name}" for name in known} | {"resume", "overwrite", "config", "help"}
+    named = {
+        flag
+        for text in code_lines(README) + spans(README)
+        for flag in re.findall(r"(?<!\S)--([a-z-]+)", text)
+    }
     assert len(named) > 30
-    assert named <= known_flags()
+    assert named <= known | OTHER_PROGRAMS
 
 
-def test_every_file_of_the_readme_is_there():
-    named = set(re.findall(r"\]\(([^)#]+)\)", TEXT))
-    named |= {span for span in SPANS if re.fullmatch(r"[\w./-]*(pretrained[\w.]*|\.py|\.md)", span)}
-    named -= {"mujoco.py", "ppo_continuous_action.py"}  # not ours
-    missing = [name for name in named if not (ROOT / name).exists() and "://" not in name]
-    assert len(named) > 8
-    assert not missing
+@pytest.mark.parametrize("path", ["README.md", "tests/benchmarks/RECORDS.md"])
+def test_every_file_that_a_document_names_exists(path):
+    document = ROOT / path
+    text = document.read_text()
+    links = {document.parent / link for link in re.findall(r"\]\(([^)#]+)\)", text)}
+    named = [span for span in spans(text) if re.fullmatch(r"[\w./]*/\w+\.(py|md|pt|csv|png)", span)]
+    files = {ROOT / name for name in named if not name.startswith("runs/")}
+    written = {ROOT / core.CURVES, ROOT / core.BEST, ROOT / core.LAST}  # by a run
+    assert len(links) > 4
+    assert not [str(file) for file in (links | files) - written if not file.exists()]
