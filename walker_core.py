@@ -4,8 +4,8 @@ Data flows down the page: Config -> environments -> networks -> rollout -> advan
 evaluate -> checkpoint -> log and export -> train. A section uses only what stands above it. To
 read only the trainer, read sections 1 to 6, then 10; sections 0 and 7 to 9 surround it.
 
-BipedalWalker-v3 with the default settings, seeds 11 to 15: solved after 3.1 to 4.0 minutes, median
-3.7 (1.5M steps); with EnvPool 65 to 87 seconds, median 72; evaluation aside, on two cores of a
+BipedalWalker-v3, default settings, seeds 11 to 15, without evaluation time: solved in 3.1 to 4.0
+minutes (median 3.7, 1.5M steps), with EnvPool in 65 to 87 seconds (median 72). Two cores of a
 virtual AMD EPYC, PyTorch 2.13.0, Gymnasium 1.4.0.
 
 Shapes: T rollout steps, N environments, B rows of a minibatch, O observation, A action.
@@ -26,6 +26,7 @@ import math
 import multiprocessing
 import os
 import random
+import reprlib
 import signal
 import subprocess
 import sys
@@ -102,6 +103,7 @@ VALIDATION = pydantic.ConfigDict(allow_inf_nan=False, extra="forbid")
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Schedule = Literal["constant", "linear", "cosine", "adaptive"]
 LayerSize = Annotated[int, pydantic.Field(ge=1, le=4096)]
+# the names of the groups make pydantic's message readable
 KeyValue = Annotated[str, pydantic.Field(pattern="(?P<KEY>.+)=(?P<VALUE>.*)")]
 
 
@@ -123,7 +125,7 @@ class Validated:
             name = str(first["loc"][0])
             value = (values.kwargs or {}).get(name)
             rule = first["msg"].replace("Input should", "it must")
-            raise UserError(f"--{flag_name(name)} is {value!r}: {rule}") from None
+            raise UserError(f"--{flag_name(name)} is {reprlib.repr(value)}: {rule}") from None
 
 
 def flag_name(field: str) -> str:
@@ -137,38 +139,38 @@ class Config(Validated):
     env: str = setting("BipedalWalker-v3", "Gymnasium id, or MODULE:ID", pattern=r"\S")
     env_kwargs: tuple[KeyValue, ...] = setting((), "arguments of the environment: KEY=VALUE")
     total_timesteps: int = setting(1_000_000, "environment steps of the whole run", ge=1)
-    seed: int = setting(1, "of networks, sampling and environments", ge=0, lt=2**32)
+    seed: int = setting(1, "seed of networks, sampling and environments", ge=0, lt=2**32)
     device: Device = setting("auto", "auto: cuda if present, or cpu")
     compile: bool = setting(False, "compile the update with torch.compile")
     out: str = setting(".", "folder for checkpoints_walker/, videos/ and plots/", min_length=1)
     init_from: str | None = setting(None, "checkpoint whose policy to start from")
 
-    vector_env: Literal["sync", "async", "envpool"] = setting("sync", "what steps environments")
-    num_envs: int = setting(8, "environments stepped together (N)", ge=1, le=100_000)
-    rollout_steps: int = setting(256, "steps of each one per update (T)", ge=2, le=10**6)
-    step_timeout: float = setting(60.0, "seconds until an async environment hangs", gt=0)
+    vector_env: Literal["sync", "async", "envpool"] = setting("sync", "how to step environments")
+    num_envs: int = setting(8, "environments per process, stepped together (N)", ge=1, le=100_000)
+    rollout_steps: int = setting(256, "steps per environment and update (T)", ge=2, le=10**6)
+    step_timeout: float = setting(60.0, "seconds until an async environment counts as hung", gt=0)
     norm_obs: bool = setting(True, "normalize observations by running statistics")
     norm_reward: bool = setting(True, "divide rewards by the std of discounted returns")
     clip_obs: float = setting(10.0, "clip normalized observations to ± this", gt=0)
     clip_reward: tuple[float, float] = setting((-10.0, 10.0), "clip normalized rewards to LOW HIGH")
 
-    actor_hidden: tuple[LayerSize, ...] = setting((64, 64), "layer sizes, policy", min_length=1)
-    critic_hidden: tuple[LayerSize, ...] = setting((64, 64), "layer sizes, values", min_length=1)
-    activation: Literal["tanh", "relu", "elu", "silu"] = setting("silu", "of the hidden layers")
+    actor_hidden: tuple[LayerSize, ...] = setting((64, 64), "layers of the policy", min_length=1)
+    critic_hidden: tuple[LayerSize, ...] = setting((64, 64), "layers of the critic", min_length=1)
+    activation: Literal["tanh", "relu", "elu", "silu"] = setting("silu", "activation function")
     layer_norm: bool = setting(False, "put a LayerNorm before each activation")
     mean_activation: Literal["none", "tanh"] = setting("none", "tanh keeps mean actions within ±1")
     init_std: float = setting(1.0, "initial std of the actions", ge=0.001, le=10)
     state_dependent_std: bool = setting(False, "let the policy network output the std too")
 
     learning_rate: float = setting(3e-4, "learning rate of Adam, at the start", gt=0)
-    value_learning_rate: float | None = setting(None, "the same for the value function", gt=0)
-    lr_schedule: Schedule = setting("linear", "of the learning rate; adaptive: steered by the KL")
+    value_learning_rate: float | None = setting(None, "learning rate of the critic", gt=0)
+    lr_schedule: Schedule = setting("linear", "course of the learning rate; adaptive: by the KL")
     desired_kl: float = setting(0.01, "KL that the adaptive schedule aims at", gt=0)
     gamma: float = setting(0.99, "discount factor", ge=0, le=1)
     gae_lambda: float = setting(0.95, "λ of generalized advantage estimation", ge=0, le=1)
     clip_eps: float = setting(0.2, "clip the probability ratio to 1 ± this", gt=0)
     clip_value_eps: float | None = setting(None, "clip the change of a value to ± this", gt=0)
-    failure_reward: float = setting(1e9, "bootstrap terminations that pay more")
+    failure_reward: float = setting(1e9, "bootstrap terminations paid more than this")
     entropy_coef: float = setting(0.0, "weight of the entropy bonus", ge=0)
     value_coef: float = setting(0.5, "weight of the value loss", ge=0)
     max_grad_norm: float = setting(0.5, "clip the norm of the gradient to this", gt=0)
@@ -202,7 +204,7 @@ class Config(Validated):
 
     @property
     def steps_per_iteration(self) -> int:
-        """Steps per iteration of all processes."""
+        """Steps per iteration of all processes, known once they have joined."""
         return self.batch_size * rank_and_world_size()[1]
 
     @property
@@ -211,7 +213,7 @@ class Config(Validated):
 
     @property
     def num_minibatches(self) -> int:
-        """Gradient steps per epoch; none is empty even if every second row is a reset row."""
+        """Gradient steps per epoch; of at least 3 rows each, as every second may be a reset row."""
         return max(self.batch_size // max(self.minibatch_size, 3), 1)
 
     @property
@@ -291,13 +293,13 @@ def is_vector(space: gym.Space) -> bool:
 
 
 def is_image(space: gym.Space) -> bool:
-    """Whether it is (height, width, colours), large enough for the convolutions."""
+    """Whether it is (height, width, colors); halved, the convolutions need at least 20 pixels."""
     fits = isinstance(space, Box) and len(space.shape) == 3 and space.dtype == np.uint8
     return fits and min(space.shape[:2]) >= 40
 
 
-def grey_half(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) to (H / 2, W / 2): every second pixel, without its colour."""
+def gray_half(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) to (H / 2, W / 2): every second pixel, without its color."""
     return image[::2, ::2].mean(axis=-1).astype(np.uint8)
 
 
@@ -334,14 +336,14 @@ def make_env(config: Config, render_mode=None, name="environment") -> gym.Env:
     options = config.env_options
     if render_mode is not None:
         options["render_mode"] = render_mode
-    # not our code
+    # any Exception: it comes from the environment's code
     with reraise_as(UserError, f"--env {config.env} cannot be made", Exception):
-        # the error says it all in one line
+        # the exception alone says it, in one line
         with warnings.catch_warnings(action="ignore"):
             env = gym.make(config.env, disable_env_checker=True, **options)
     if is_image(env.observation_space):  # four in a row show speed
-        small = Box(0, 255, grey_half(env.observation_space.low).shape, np.uint8)
-        env = gym.wrappers.TransformObservation(env, grey_half, small)
+        small = Box(0, 255, gray_half(env.observation_space.low).shape, np.uint8)
+        env = gym.wrappers.TransformObservation(env, gray_half, small)
         env = gym.wrappers.FrameStackObservation(env, 4)
     elif not is_vector(env.observation_space):
         raise UserError(f"--env {config.env}: observations must be a float vector or an image")
@@ -351,17 +353,25 @@ def make_env(config: Config, render_mode=None, name="environment") -> gym.Env:
 
 
 class WorkerVectorEnv(AsyncVectorEnv):
-    """AsyncVectorEnv that waits neither for a worker that hangs nor, in the end, for any."""
+    """AsyncVectorEnv with a timeout on reset and step, which kills its workers on close."""
 
     def __init__(self, makers, timeout: float):
         super().__init__(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
         self.timeout = timeout
 
-    def reset_wait(self, timeout=None):
-        return super().reset_wait(self.timeout)
+    def reset(self, **kwargs):
+        with self._report_failure():
+            self.reset_async(**kwargs)
+            return self.reset_wait(self.timeout)
 
-    def step_wait(self, timeout=None):
-        return super().step_wait(self.timeout)
+    def step(self, actions):
+        with self._report_failure():
+            self.step_async(actions)
+            return self.step_wait(self.timeout)
+
+    def _report_failure(self):
+        hung_or_died = (multiprocessing.TimeoutError, EOFError, ConnectionError)
+        return reraise_as(EnvironmentFailure, "a worker process failed", *hung_or_died)
 
     def close_extras(self, **_kwargs):
         for process in self.processes:
@@ -369,14 +379,10 @@ class WorkerVectorEnv(AsyncVectorEnv):
             process.join()
 
 
-# what a WorkerVectorEnv raises if a worker hangs or has died
-WORKER_ERRORS = (multiprocessing.TimeoutError, EOFError, ConnectionError)
-
-
 def make_worker_env(config: Config, name: str) -> gym.Env:
-    """An environment in a process of its own, which ends with the main one, and not before it.
+    """An environment in a worker process, which lives exactly as long as the main process.
 
-    Signals are for the main process, which ends its workers; if it is killed, none may live on.
+    Workers ignore signals: the main process stops them, or they exit when it dies.
     """
     main = multiprocessing.parent_process()
     # None: AsyncVectorEnv makes one in the main process too, for its spaces
@@ -393,8 +399,8 @@ def exit_after(process):
     os._exit(1)
 
 
-def make_envpool(config: Config, env: gym.Env, seeds: Sequence[int]) -> VectorEnv:
-    """EnvPool's environments, or what a registered `vector_entry_point` builds around them."""
+def make_envpool(config: Config, env: gym.Env, seeds) -> VectorEnv:
+    """EnvPool's environments, or those of the spec's `vector_entry_point`, called as EnvPool is."""
     with reraise_as(UserError, "--vector-env envpool needs `pip install envpool`", ImportError):
         import envpool
     if config.env in envpool.list_all_envs():
@@ -402,7 +408,7 @@ def make_envpool(config: Config, env: gym.Env, seeds: Sequence[int]) -> VectorEn
     else:
         make = env.spec.vector_entry_point
     if not callable(make) or not is_vector(env.observation_space):
-        raise UserError(f"--vector-env envpool has no {config.env}, or no vectors: use sync")
+        raise UserError(f"--vector-env envpool has no {config.env} of vectors: use sync")
     threads = max(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     options = {"num_envs": config.num_envs, "seed": list(seeds), "num_threads": threads}
     return make(config.env, **options, **config.env_options)
@@ -430,11 +436,11 @@ def make_vector_env(config: Config, env: gym.Env, seeds) -> tuple[VectorEnv, np.
         raise
 
 
-def check_finite(name: str, obs: np.ndarray, reward: float = 0.0, step: int = 0):
+def check_finite(name: str, obs: np.ndarray, reward: float = 0.0):
     """EnvironmentFailure if an environment returned a number that is not finite."""
     for what, value in (("observation", obs), ("reward", reward)):
         if not np.isfinite(value).all():
-            raise EnvironmentFailure(f"{name}: its {what} is not finite in step {step}")
+            raise EnvironmentFailure(f"{name}: its {what} is not finite")
 
 
 class RunningMeanStd(nn.Module):
@@ -472,8 +478,7 @@ class ObservationNormalizer(RunningMeanStd):
 
     def __init__(self, config: Config, space: Box):
         super().__init__(space.shape if is_vector(space) else ())
-        self.has_statistics = is_vector(space)
-        self.enabled = self.has_statistics and config.norm_obs
+        self.enabled = is_vector(space) and config.norm_obs
         self.clip = config.clip_obs
 
     def normalize(self, obs: np.ndarray) -> Tensor:
@@ -482,13 +487,11 @@ class ObservationNormalizer(RunningMeanStd):
         if self.enabled:
             scaled = (obs - self.mean) / torch.sqrt(self.var + 1e-8)
             return scaled.clamp_(-self.clip, self.clip).float()
-        if obs.dtype == torch.uint8:
-            return obs.float() / 255
-        return obs.float()
+        return obs.float() / 255 if obs.dtype == torch.uint8 else obs.float()
 
 
 class RewardNormalizer(RunningMeanStd):
-    """Divides rewards by the running std of the discounted return, so that values are near one.
+    """Divides rewards by the running std of the discounted return, so that values are of order 1.
 
     The mean is not subtracted: only the scale changes, never the sign.
     """
@@ -500,8 +503,8 @@ class RewardNormalizer(RunningMeanStd):
     def normalize(self, rewards: Tensor, valid: Tensor, discounted_return: Tensor) -> Tensor:
         """Scale the rewards (T, N) of a rollout.
 
-        `discounted_return` (N,) is that of each episode so far, and is moved on. A reset row sets
-        it to zero, so every episode starts from there.
+        `discounted_return` (N,), each running episode's so far, is updated in place. A reset row
+        sets it to zero, so every episode starts from there.
         """
         if not self.config.norm_reward:
             return rewards
@@ -518,9 +521,7 @@ class RewardNormalizer(RunningMeanStd):
 
     def scale(self) -> Tensor:
         """What rewards are divided by, ()."""
-        if not self.config.norm_reward:
-            return torch.ones(())
-        return torch.sqrt(self.var + 1e-8)
+        return torch.sqrt(self.var + 1e-8) if self.config.norm_reward else torch.ones(())
 
 
 # ==== 3. Networks =================================================================================
@@ -537,8 +538,7 @@ def make_network(space: Box, hidden, outputs: int, config: Config, out_gain) -> 
 
     Gains √2 inside and `out_gain` last: Andrychowicz et al. 2021, "What Matters In On-Policy RL".
     """
-    layers: list[nn.Module] = []
-    inputs = space.shape[0]
+    layers, inputs = [], space.shape[0]
     # the first two layers of Mnih et al. 2015, half as wide
     if len(space.shape) == 3:
         layers += [orthogonal(nn.Conv2d(inputs, 16, 8, stride=4)), nn.ReLU()]
@@ -622,7 +622,7 @@ def env_actions(actions: Tensor, space: Box | Discrete) -> np.ndarray:
 
 
 class Rollout:
-    """T steps of N environments, preallocated on the device, and what outlasts them."""
+    """T steps of N environments, preallocated on the device, and the unfinished episodes."""
 
     def __init__(self, config: Config, env: gym.Env, seeds, first_obs: Tensor):
         T, N = config.rollout_steps, config.num_envs
@@ -644,14 +644,15 @@ class Rollout:
         # for the reward normalizer
         self.discounted_return = torch.zeros(N)
         self.seeds = np.array(seeds)
-        # when each environment's first long episode is cut, see stagger_episode_starts
+        # the length at which each environment is restarted once, see stagger_episode_starts
         self.restart_at = self.seeds % (env.spec.max_episode_steps or sys.maxsize)
 
     def check_finite(self, obs: np.ndarray, rewards: np.ndarray):
         """EnvironmentFailure that names the first environment whose numbers are not finite."""
         if not (np.isfinite(obs).all() and np.isfinite(rewards).all()):
             for i, seed in enumerate(self.seeds):
-                check_finite(env_name(i, seed), obs[i], rewards[i], self.episode_length[i])
+                where = f"{env_name(i, seed)}, step {self.episode_length[i]}"
+                check_finite(where, obs[i], rewards[i])
 
 
 def stagger_episode_starts(envs: VectorEnv, normalizer, rollout: Rollout):
@@ -701,7 +702,7 @@ def collect_rollout(envs: VectorEnv, agent, normalizer, rollout) -> list[tuple[f
         for i in np.flatnonzero(rollout.ended):
             episodes.append((float(rollout.episode_return[i]), int(rollout.episode_length[i])))
             rollout.episode_return[i] = rollout.episode_length[i] = 0
-    if normalizer.has_statistics:
+    if normalizer.enabled:
         normalizer.update(torch.cat(raw_obs))
     return episodes
 
@@ -743,7 +744,7 @@ class Batch(NamedTuple):
 def make_batch(rollout: Rollout, agent: ActorCritic, rewards: Tensor, config: Config) -> Batch:
     """Advantages and returns of normalized `rewards` (T, N), then drop the reset rows."""
     values = agent.value(rollout.obs.flatten(0, 1)).view(len(rollout.obs), -1)  # (T + 1, N)
-    # an episode that ends well goes on in the value, as if it were truncated
+    # a termination that pays more than failure_reward is bootstrapped, as if truncated
     failed = rollout.terminated & (rollout.rewards <= config.failure_reward)
     cut = rollout.truncated | rollout.terminated
     advantages, returns = compute_gae(rewards, values, failed, cut, config.gamma, config.gae_lambda)
@@ -845,7 +846,9 @@ def update(agent, optimizer, batch: Batch, config: Config, loss_function=minibat
             if config.lr_schedule == "adaptive":
                 adapt_learning_rates(optimizer, metrics["approx_kl"], config.desired_kl)
             optimizer.step()
-            history.append({**metrics, "grad_norm": grad_norm})
+            metrics["grad_norm"] = grad_norm
+            # copies, as CUDA graphs reuse the memory of their outputs
+            history.append({name: value.clone() for name, value in metrics.items()})
         if config.target_kl is not None:
             epoch = history[-config.num_minibatches :]
             kl = torch.stack([metrics["approx_kl"] for metrics in epoch]).mean()
@@ -877,14 +880,14 @@ def schedule_learning_rates(optimizer: optim.Optimizer, config: Config, step: in
 # ==== 7. Evaluate =================================================================================
 
 Act = Callable[[np.ndarray], np.ndarray]  # raw observations (B, *O) to actions (B, A)
-StepData = dict  # what one step began with, was given, and led to
 
 
 def play(act: Act, config: Config, seeds, together=1, render=None) -> Iterator[tuple]:
-    """One deterministic episode for each seed; yields each step, and the environment after it.
+    """One deterministic episode for each seed; yields (environment, step) after each step.
 
-    Episode k is reset with seeds[k]. `together` of them step at once, which is faster; `render` is
-    a render mode. Environments are closed when their episode, or the iteration, ends.
+    A step is a dict of what it began with, was given, and led to. Episode k is reset with
+    seeds[k]. `together` of them step at once, which is faster; `render` is a render mode.
+    Environments are closed when their episode, or the iteration, ends.
     """
     waiting = iter(enumerate(seeds))
     running = {}  # episode: environment, observation
@@ -893,6 +896,7 @@ def play(act: Act, config: Config, seeds, together=1, render=None) -> Iterator[t
             for episode, seed in itertools.islice(waiting, together - len(running)):
                 # a new environment, as a Box2D world keeps traces of the last episode
                 env = make_env(config, render, f"environment, first reset with seed {seed}")
+                # listed already, so that it is closed if reset fails
                 running[episode] = env, None
                 obs, _ = env.reset(seed=seed)
                 check_finite(env.name, obs)
@@ -916,11 +920,11 @@ def play(act: Act, config: Config, seeds, together=1, render=None) -> Iterator[t
             env.close()
 
 
-def evaluate_policy(act: Act, config: Config, seeds, together=16) -> tuple[np.ndarray, np.ndarray]:
+def evaluate_policy(act: Act, config: Config, seeds, together=16) -> tuple:
     """Raw returns and lengths, (episodes,) each, of one deterministic episode for each seed.
 
     Every episode that is started counts, however many step together: to count the first to finish
-    would favour falls. Touches no training state.
+    would favor falls. Touches no training state.
     """
     returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds))
     for _, step in play(act, config, seeds, together):
@@ -963,8 +967,7 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not getattr(torch, name).is_available():
         raise UserError(f"--device {name}: there is none here, use --device cpu")
-    index = int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None
-    return torch.device(name, index)
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
 @pydantic.dataclasses.dataclass(config=VALIDATION)
@@ -1000,7 +1003,8 @@ class Learner:
         self.reward_normalizer = RewardNormalizer(config)
         self.counters = Counters()
         self.saved_at = -math.inf  # when last.pt was written
-        self.save_s = 0.0  # how long that took
+        # how long the latest checkpoint took to write
+        self.save_s = 0.0
 
     def _make_optimizer(self) -> optim.Optimizer:
         config = self.config
@@ -1062,28 +1066,25 @@ class Learner:
         state = self.optimizer.state_dict()
         state["state"] = saved["state"]
         for group, saved_group in zip(state["param_groups"], saved["param_groups"], strict=True):
-            group["lr"] = torch.tensor(float(saved_group["lr"]))
+            group["lr"].fill_(float(saved_group["lr"]))
         self.optimizer.load_state_dict(state)
         for parameter, moments in self.optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                if moments[name].shape != parameter.shape:
-                    raise ValueError(f"{name} has another shape than its weights")
+            shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+            for name, shape in shapes.items():
+                if moments[name].shape != shape:
+                    raise ValueError(f"{name} does not have the shape {tuple(shape)}")
 
 
-def own_copy(value: Any, max_bytes: int) -> Any:
-    """Nested dicts and lists with every tensor copied: those of a file may overlap in memory.
+def own_tensors(tensors: dict, max_bytes: int) -> dict[str, Tensor]:
+    """Copies of a file's tensors, which may overlap in memory.
 
-    ValueError if a tensor is larger than `max_bytes` or not finite.
+    ValueError if they are larger than `max_bytes` or not finite.
     """
-    if isinstance(value, dict):
-        return {key: own_copy(item, max_bytes) for key, item in value.items()}
-    if isinstance(value, list):
-        return [own_copy(item, max_bytes) for item in value]
-    if not isinstance(value, Tensor):
-        return value
-    if value.nbytes > max_bytes or not value.isfinite().all():
-        raise ValueError("a tensor is larger than the file, or not finite")
-    return value.detach().clone(memory_format=torch.contiguous_format)
+    fits = sum(tensor.nbytes for tensor in tensors.values()) <= max_bytes
+    if not (fits and all(tensor.isfinite().all() for tensor in tensors.values())):
+        raise ValueError("the tensors are larger than the file, or not finite")
+    layout = torch.contiguous_format
+    return {name: t.detach().clone(memory_format=layout) for name, t in tensors.items()}
 
 
 def read_archive(data: bytes) -> dict:
@@ -1093,12 +1094,17 @@ def read_archive(data: bytes) -> dict:
     they are tested first. Nothing may unpack to more than the file holds.
     """
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        if sum(record.file_size for record in archive.infolist()) > len(data):
-            raise ValueError("it is compressed, which torch never does")
-        if archive.testzip() is not None:
-            raise ValueError("a checksum is wrong")
+        unpacked = sum(record.file_size for record in archive.infolist())
+        # a folder, say, whose contents torch would skip
+        marked = any(record.external_attr for record in archive.infolist())
+        if archive.testzip() is not None or unpacked > len(data) or marked:
+            raise ValueError("a checksum or a header is wrong")
     state = torch.load(io.BytesIO(data), "cpu", weights_only=True)
-    return own_copy(state, max_bytes=len(data))
+    for part in (*POLICY, "reward_normalizer"):
+        state[part] = own_tensors(state[part], len(data))
+    moments = state["optimizer"]["state"].items()
+    state["optimizer"]["state"] = {i: own_tensors(tensors, len(data)) for i, tensors in moments}
+    return state
 
 
 def load_checkpoint(path, env: str | None = None) -> dict:
@@ -1108,18 +1114,16 @@ def load_checkpoint(path, env: str | None = None) -> dict:
     """
     data = Path(path).read_bytes()
     try:
-        with warnings.catch_warnings(action="ignore"):
-            state = read_archive(data)
-        for part in ("config", "counters", *LEARNED):
-            state[part].keys()
-        written = f"version {state['version']}, in format {state['format']}"
+        state = read_archive(data)
+        version, number, saved_env = state["version"], state["format"], state["config"]["env"]
+        if not (isinstance(version + saved_env, str) and isinstance(number, int)):
+            raise TypeError("a value has the wrong type")
+        state["counters"].keys()  # a dict
     except Exception:  # a forged pickle can raise anything
         raise UserError(f"{path} is no checkpoint of this program, or a damaged one") from None
-    if state["format"] != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} was written by {written}, not {CHECKPOINT_FORMAT}")
-    # where to write is the user's to say
+    if number != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} is of version {version}, format {number}, not {CHECKPOINT_FORMAT}")
     state["config"].pop("out", None)
-    saved_env = str(state["config"].get("env"))
     if ":" in saved_env and env is None:
         raise UserError(f"{path} would import {saved_env}: allow it with --env {saved_env}")
     return state
@@ -1138,13 +1142,14 @@ def check_network_size(config: Config, state: dict, source):
 
     Before they are built: a forged config may ask for any amount of memory.
     """
-    stored = sum(w.numel() for w in state["agent"].values() if isinstance(w, Tensor))
+    stored = sum(weights.numel() for weights in state["agent"].values())
     for hidden in (config.actor_hidden, config.critic_hidden):
         if sum(a * b for a, b in itertools.pairwise(hidden)) > stored:
             raise UserError(f"{source} does not fit this run: it has only {stored} weights")
 
 
-RESUMABLE = {  # what --resume may change: nothing that the learner sees
+# What --resume may change: nothing that shapes the learner but the length of its schedule.
+RESUMABLE = {
     "total_timesteps", "device", "compile", "vector_env", "step_timeout", "out", "eval_every",
     "eval_episodes", "checkpoint_every", "record_every", "tensorboard", "stop_when_solved",
 }  # fmt: skip
@@ -1163,7 +1168,8 @@ def resume_learner(config: Config, source) -> Learner:
     learner.load(state, source, LEARNED)
     with reraise_as(UserError, str(source), UserError, TypeError):
         learner.counters = Counters(**state["counters"])
-    if not Path(config.out, BEST).exists():  # in another folder
+    # the best policy stayed in another folder
+    if not Path(config.out, BEST).exists():
         learner.counters.best_return = None
     return learner
 
@@ -1197,7 +1203,8 @@ CONFIG_JSON = "checkpoints_walker/config.json"
 TENSORBOARD = "checkpoints_walker/tensorboard"
 FILM = "videos/walker_final.mp4"
 CURVES = "plots/training_curves.png"
-RUN_FILES = [  # all that a run writes below --out, as patterns
+# All that a run writes below --out, as patterns.
+RUN_FILES = [
     LAST, BEST, METRICS_CSV, CONFIG_JSON, CURVES, FILM, "videos/walker_final.gif",
     "checkpoints_walker/step_[0-9]*.pt", "videos/step_[0-9]*.mp4", "videos/step_[0-9]*.gif",
     f"{TENSORBOARD}/events.*",
@@ -1212,7 +1219,7 @@ def make_folders(*folders: Path):
 
 
 def claim_folder(out: Path, resume, overwrite: bool) -> FileLock:
-    """Make the folders of a run and lock them for as long as this process lives.
+    """Make the folders of a run and lock them; the caller releases the lock.
 
     UserError if they hold another run, one is running in them, or they cannot be written to.
     """
@@ -1243,7 +1250,7 @@ class RunLog(contextlib.ExitStack):
         self.last_line_at = time.monotonic()
         self._drop_rows_after(counters.step)
         total = config.num_iterations * config.steps_per_iteration
-        # None: but on a terminal
+        # None: only a terminal gets the bar
         bar = {"unit": " steps", "unit_scale": True, "disable": None}
         self.bar = tqdm(total=total, initial=counters.step, **bar)
         self.callback(self.bar.close)
@@ -1271,8 +1278,9 @@ class RunLog(contextlib.ExitStack):
         with reraise_as(TrainingError, f"{self.path} cannot be written", OSError):
             with open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n").writerow(cells)
-        for name, value in values.items() if self.board else ():
-            self.board.add_scalar(name, value, values["step"])
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, values["step"])
         shown = {"return": values.get("return_mean"), "best": best_return}
         numbers = {k: "–" if v is None else f"{v:.1f}" for k, v in shown.items()}
         text = "return {return}, best {best}".format(**numbers)
@@ -1352,7 +1360,7 @@ def write_episode_data(learner: Learner, steps: list, path: Path):
         np.savez_compressed(temporary, **arrays, **units)
 
 
-def show(learner: Learner, seeds: Sequence[int], seconds: float):
+def show(learner: Learner, seeds, seconds: float):
     """Play episodes in a window for `seconds` of simulated time, one after another."""
     limit = math.ceil(seconds * learner.fps)
     for _ in itertools.islice(play(learner.act, learner.config, seeds, render="human"), limit):
@@ -1370,6 +1378,7 @@ class StopSignals(contextlib.ExitStack):
 
     def __enter__(self) -> StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM):
+            # None: a handler that was not set from Python
             previous = signal.signal(number, self._handle) or signal.SIG_DFL
             self.callback(signal.signal, number, previous)
         return self
@@ -1378,6 +1387,7 @@ class StopSignals(contextlib.ExitStack):
         if self.received is None:
             self.received = number
             self.received_at = time.monotonic()
+            # not print: the signal may interrupt one
             os.write(2, b"\nstopping after this iteration; once more to leave at once\n")
         elif time.monotonic() > self.received_at + 1:
             os._exit(128 + number)
@@ -1425,7 +1435,7 @@ def export(learner: Learner, log: RunLog, with_film: bool):
 
 
 def configure_torch(agent: ActorCritic):
-    """Settings of this whole process, made where a run begins."""
+    """Set precision and threads for this whole process."""
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     if sum(p.numel() for p in agent.parameters()) < 100_000:
         # small networks lose more to threads than they gain
@@ -1503,8 +1513,7 @@ def check_losses(losses: dict[str, float], step: int):
     """TrainingError that names the first metric that is not finite."""
     for name, value in losses.items():
         if not math.isfinite(value):
-            place = f"{name} is {value} in the iteration after step {step:,}"
-            raise TrainingError(f"{place}: try a lower --learning-rate; last.pt is from before it")
+            raise TrainingError(f"{name} is {value} after step {step:,}: lower --learning-rate")
 
 
 def train(config: Config, resume=None, overwrite=False) -> tuple[Counters, int | None]:
@@ -1512,15 +1521,14 @@ def train(config: Config, resume=None, overwrite=False) -> tuple[Counters, int |
 
     `resume` is the checkpoint to go on from; `overwrite` removes an earlier run's files first.
     Returns how far the run has come, and the number of the signal that stopped it, if one did.
-    Raises UserError before anything is written, TrainingError if training cannot go on.
+    Raises UserError for what the user can mend, TrainingError if training cannot go on.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(reraise_as(EnvironmentFailure, "a worker failed", *WORKER_ERRORS))
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo on CPUs, NCCL on GPUs
             dist.init_process_group()
             stack.callback(dist.destroy_process_group)
-        out, (rank, _) = Path(config.out), rank_and_world_size()
-        steps = config.steps_per_iteration
+        out = Path(config.out)
+        rank, _ = rank_and_world_size()
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (out / LAST).exists():
             # torchrun has started us again
             resume, overwrite = out / LAST, False
@@ -1535,12 +1543,12 @@ def train(config: Config, resume=None, overwrite=False) -> tuple[Counters, int |
         envs, raw_obs = make_vector_env(config, learner.env, seeds)
         stack.callback(envs.close)
         stop = stack.enter_context(StopSignals())
-        # every process has read what rank 0 may remove now
+        # barrier: every process has read what rank 0 may remove now
         any_process(False)
         if rank == 0:
             stack.callback(claim_folder(out, resume, overwrite).release)
             write_config(config, learner.threshold, out / CONFIG_JSON)
-            # before metrics.csv is cut to its step: killed between, they fit
+            # first: if killed before RunLog cuts metrics.csv, a resume still cuts it to this step
             learner.save(LAST)
             log = stack.enter_context(RunLog(out / METRICS_CSV, config, counters))
         first_obs = learner.obs_normalizer.normalize(raw_obs).to(learner.device)
@@ -1565,7 +1573,7 @@ def train(config: Config, resume=None, overwrite=False) -> tuple[Counters, int |
             batch = make_batch(rollout, agent, rewards, config)
             losses = update(agent, learner.optimizer, batch, config, loss_function)
             check_losses(losses, counters.step)
-            counters.step += steps
+            counters.step += config.steps_per_iteration
             counters.iteration += 1
             updated = time.perf_counter()
             if rank > 0:
@@ -1577,8 +1585,8 @@ def train(config: Config, resume=None, overwrite=False) -> tuple[Counters, int |
             counters.wall_s = ended - started
 
             # log a row
-            row = {"step": counters.step, "iteration": counters.iteration}
-            row.update(wall_s=counters.wall_s, steps_per_s=steps / (updated - began))
+            row = dict(step=counters.step, iteration=counters.iteration, wall_s=counters.wall_s)
+            row.update(steps_per_s=config.steps_per_iteration / (updated - began))
             row.update(collect_s=collected - began, update_s=updated - collected)
             row.update(eval_s=ended - updated, **episode_columns(episodes), **losses, **evaluation)
             log.row(row, counters.best_return)
@@ -1591,6 +1599,6 @@ def train(config: Config, resume=None, overwrite=False) -> tuple[Counters, int |
         if rank == 0:
             learner.save(LAST)
             export(learner, log, with_film=stop.received != signal.SIGTERM)
-        # a launcher ends all when one ends: not before the film is done
+        # barrier: torchrun ends all processes when one ends, so wait for the film
         any_process(False)
     return counters, stop.received

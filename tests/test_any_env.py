@@ -81,7 +81,7 @@ def test_an_image_is_seen_grey_at_half_its_size_four_in_a_row():
     lit = [int(np.argmax(image[::10, 0])) for image in seen[-1]]
     assert len(set(lit)) > 1
     picture = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3)
-    grey = core.grey_half(picture)
+    grey = core.gray_half(picture)
     assert grey.tolist() == [[int(picture[y, x].sum()) // 3 for x in (0, 2)] for y in (0, 2, 4)]
 
 

@@ -7,6 +7,7 @@ same step, must have the same numbers to its end.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 import signal
@@ -19,6 +20,7 @@ import torch
 import toy_envs  # noqa: F401
 from helpers import BATCH, before_update, learned, rows, same, tiny, without_clock
 
+import walker
 import walker_core as core
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -33,9 +35,12 @@ CASES = {
         **{"lr_schedule": "cosine", "layer_norm": True, "clip_obs": 1.5, "clip_reward": (-1, 2)},
         **{"target_kl": 1e-3, "entropy_coef": 0.01},
     },
-    "nothing normalised": {"norm_obs": False, "norm_reward": False, "lr_schedule": "constant"},
+    "nothing normalized": {"norm_obs": False, "norm_reward": False, "lr_schedule": "constant"},
     "async": {"vector_env": "async"},
 }
+STOPS = [(case, ks) for case in CASES for ks in ((2,), (4,), (1, 3))]
+FAST = [("truncations", (1, 3)), ("terminations", (2,)), ("adaptive rate", (2,))]
+SLOW = [pytest.param(*stop, marks=pytest.mark.slow) for stop in STOPS if stop not in FAST]
 
 
 def config_of(out: Path, case: dict[str, Any]) -> core.Config:
@@ -56,9 +61,10 @@ def train_in_one_piece(config: core.Config, ks: tuple[int, ...], monkeypatch) ->
             cut_off.append(rollout.episode_length + rollout.ended)
             step = done * config.batch_size
             seeds = core.env_seeds(config.seed, core.TRAIN, config.num_envs, step=step)
-            envs, obs = core.make_vector_env(config, seeds)
+            env = core.make_env(config)
+            envs, obs = core.make_vector_env(config, env, seeds)
             replaced.append(envs)
-            fresh = core.Rollout(config, normalizer.normalize(obs), envs.single_action_space)
+            fresh = core.Rollout(config, env, seeds, normalizer.normalize(obs))
             vars(rollout).update(vars(fresh))
         done += 1
         return collect(replaced[-1] if replaced else envs, agent, normalizer, rollout)
@@ -89,8 +95,7 @@ def without_clocks(counters: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in counters.items() if name != "wall_s"}
 
 
-@pytest.mark.parametrize("ks", [(2,), (4,), (1, 3)], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "ks"), FAST + SLOW, ids=str)
 def test_a_resumed_run_equals_one_in_one_piece_to_the_bit(case, ks, tmp_path, monkeypatch):
     whole, stopped = (config_of(tmp_path / name, CASES[case]) for name in ("whole", "stopped"))
     cut_off = train_in_one_piece(whole, ks, monkeypatch)
@@ -134,9 +139,61 @@ def test_what_a_resume_starts_from_is_all_that_the_stopped_run_had(tmp_path, mon
 
 
 def snapshot(learner: core.Learner) -> dict[str, Any]:
-    parts = ("agent", "optimizer", "obs_normalizer", "reward_normalizer")
-    state = {part: dict(getattr(learner, part).state_dict()) for part in parts}
-    copied = torch.utils._pytree.tree_map(
-        lambda value: value.clone() if isinstance(value, torch.Tensor) else value, state
+    state = {part: dict(getattr(learner, part).state_dict()) for part in core.LEARNED}
+    return copy.deepcopy({**state, "counters": vars(learner.counters)})
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def test_a_resume_drops_the_rows_after_its_checkpoint_and_a_torn_last_line(tmp_path):
+    core.train(tiny(tmp_path, total_timesteps=2 * BATCH))
+    metrics = tmp_path / core.METRICS_CSV
+    good = metrics.read_text()
+    after = good.splitlines()[-1].replace(f"{2 * BATCH},2,", f"{3 * BATCH},3,", 1)
+    metrics.write_text(f"{good}{after}\n{4 * BATCH},4,0.1")
+    core.train(tiny(tmp_path, total_timesteps=2 * BATCH), tmp_path / core.LAST)  # nothing to do
+    assert metrics.read_text() == good
+    metrics.write_text(f"{good}{after}\n{4 * BATCH},4,0.1")
+    core.train(tiny(tmp_path, total_timesteps=3 * BATCH), tmp_path / core.LAST)
+    assert metrics.read_text().startswith(good)
+    assert [row["iteration"] for row in rows(tmp_path)] == ["1", "2", "3"]
+    assert rows(tmp_path)[-1] != dict(zip(core.CSV_COLUMNS, after.split(","), strict=True))
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\n", b"one,two\n", b"x" * 200_000 + b"\n"])
+def test_a_damaged_metrics_csv_is_named_and_left_alone(damage, tmp_path, capsys):
+    core.train(tiny(tmp_path))
+    metrics = tmp_path / core.METRICS_CSV
+    damaged = metrics.read_bytes() + damage
+    metrics.write_bytes(damaged)
+    capsys.readouterr()
+    assert walker.main(["--resume", "--out", str(tmp_path), "--total-timesteps", "256"]) == 2
+    error = capsys.readouterr().err
+    assert str(metrics) in error
+    assert error.count("\n") == 1
+    assert metrics.read_bytes() == damaged
+
+
+def test_an_iteration_writes_its_row_then_best_then_last(tmp_path, monkeypatch):
+    """So that a run killed in between has the row of every checkpoint, and a best of its last."""
+    written, row, save = [], core.RunLog.row, core.Learner.save
+
+    def noted_row(log, values, best_return):
+        row(log, values, best_return)
+        written.append(f"row {len(rows(tmp_path))}")  # flushed: another reader sees it
+
+    def noted_save(learner, name):
+        save(learner, name)
+        written.append(name)
+        learner.save_s = 0  # due after every iteration
+
+    monkeypatch.setattr(core.RunLog, "row", noted_row)
+    monkeypatch.setattr(core.Learner, "save", noted_save)
+    scores = iter([1.0, 2.0])
+    monkeypatch.setattr(
+        core, "evaluate_policy", lambda act, config, seeds: (np.full(2, next(scores)), seeds)
     )
-    return copied | {"counters": dataclasses.asdict(learner.counters)}
+    core.train(tiny(tmp_path, total_timesteps=2 * BATCH, eval_every=BATCH))
+    first = [core.LAST, "row 1", core.BEST, core.LAST]
+    assert written == [*first, "row 2", core.BEST, core.LAST, core.LAST]
