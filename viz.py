@@ -284,7 +284,7 @@ def mean_curve(curves, points=200):
     return grid, values.mean(axis=0), std
 
 
-def solved_return(runs, threshold):
+def solved_threshold(runs, threshold):
     """The given threshold; without one, the one that all configs agree on, or None."""
     if threshold is not None:
         return threshold
@@ -326,8 +326,8 @@ def gait_state(env):
         return {}
     body, thighs, shins = walker.hull, walker.legs[0::2], walker.legs[1::2]
     hull = np.array([*body.position, body.angle, *body.linearVelocity, body.angularVelocity])
-    fps = 50  # which turns an impulse per step into a torque
-    joints = np.array([(j.angle, j.speed, j.GetMotorTorque(fps)) for j in walker.joints])
+    inverse_dt = 50  # Box2D turns an impulse per step into a torque with it
+    joints = np.array([(j.angle, j.speed, j.GetMotorTorque(inverse_dt)) for j in walker.joints])
     knees = np.array([shin.GetWorldPoint((0, SHIN / 2)) for shin in shins])
     ground = np.interp(knees[:, 0], walker.terrain_x, walker.terrain_y)
     knees = np.column_stack([knees, ground])
@@ -380,7 +380,7 @@ def name_gait(data):
     dt, x, y = data["dt"], data["hull"][:, 0], data["hull"][:, 1]
     lowest, highest = data["contacts"][:, :, 0], data["contacts"][:, :, 1]
     down, knee = _without_chatter(np.isfinite(lowest)), highest > FOOT
-    # A stride begins when the leg that comes down more often does so.
+    # A stride begins whenever the leg that lands more often lands.
     starts = max((np.flatnonzero(leg[1:] & ~leg[:-1]) + 1 for leg in down.T), key=len)
     knee_x, other_knee_x = data["knees"][:, :, 0].mean(axis=0)
     legs = ["hind", "front"] if knee_x <= other_knee_x else ["front", "hind"]
@@ -444,7 +444,7 @@ def plot_training_curves(metrics_path, png_path, threshold=None):
     figure, panels = _new_figure(10, PANELS, [2.4, 1, 1, 1])
     returns = panels.pop("returns")
     _set_axes(returns, end, 13, "environment steps", "return per episode")
-    _draw_returns(returns, run, solved_return([run], threshold))
+    _draw_returns(returns, run, solved_threshold([run], threshold))
     for name, axes in panels.items():
         _set_axes(axes, end, size=10)
         _draw_column(axes, run, name)
@@ -471,7 +471,7 @@ def plot_comparison(metrics_paths, png_path, threshold=None):
         for (label, group), color in zip(group_runs(runs), itertools.cycle(PALETTE)):
             curves = [return_curve(run, column, unit, evaluated) for run in group]
             _draw_curves(axes, curves, color, label)
-        _draw_threshold(axes, solved_return(runs, threshold))
+        _draw_threshold(axes, solved_threshold(runs, threshold))
     env = f"{runs[0].env} · " if len({run.env for run in runs}) == 1 else ""
     _save(figure, axes, f"{env}{kind} of {len(runs)} runs", png_path)
 
@@ -746,7 +746,7 @@ def main(argv=None):
 
 
 def _default_png(path, others):
-    """Where a picture goes without --out: to the run's folder plots, else beside the file."""
+    """Without --out: the run's plots folder, or beside the file; ./plots for several files."""
     is_episode = path.suffix == ".npz"
     if others:
         return Path("plots", "story.png" if is_episode else "comparison.png")

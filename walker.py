@@ -22,8 +22,8 @@ class Evaluation(core.Validated):
     env: str | None = setting(None, "another environment to play in")
     episodes: int = setting(100, "number of episodes", ge=1)
     seed: int = setting(0, "source of the episodes' seeds", ge=0)
-    record: bool = setting(False, "film one: videos/NAME.mp4, .gif, .npz")
-    analyze_value: bool = setting(False, "plot values: plots/NAME_value.png")
+    record: bool = setting(False, "film one as videos/NAME.mp4, .gif, .npz")
+    analyze_value: bool = setting(False, "plot ten as plots/NAME_value.png")
     render: bool = setting(False, "show episodes in a window")
     seconds: float | None = setting(None, "limit of film or show", gt=0)
     json: bool = setting(False, "print the result as JSON")
@@ -32,7 +32,7 @@ class Evaluation(core.Validated):
 
 
 def make_parser(defaults, usage: str) -> argparse.ArgumentParser:
-    """A flag for each field of the dataclass `defaults`, which converts and checks its text."""
+    """A flag for each field of `defaults`; the dataclass itself converts and checks the text."""
     parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, exit_on_error=False)
     # the result holds only what was typed
     parser.argument_default = argparse.SUPPRESS
@@ -45,6 +45,7 @@ def make_parser(defaults, usage: str) -> argparse.ArgumentParser:
         if field.annotation is bool:
             options = {"action": argparse.BooleanOptionalAction}
         if kind is tuple:
+            # tuple[X, ...] or tuple[X, Y]
             options["nargs"] = "*" if ... in parts else len(parts)
         meaning = f"{field.description} (default: {getattr(defaults, name)})"
         parser.add_argument(f"--{core.flag_name(name)}", help=meaning, **options)
@@ -69,6 +70,7 @@ def parse_training(argv) -> tuple:
     """
     usage = "walker.py [SETTINGS] or walker.py evaluate CHECKPOINT [OPTIONS]"
     parser = make_parser(core.Config.for_env(), usage)
+    # what --help shows is the docstring
     parser.description = parse_training.__doc__
     one = parser.add_mutually_exclusive_group()
     meaning = "go on with a run, from FILE or the last.pt of --out"
@@ -143,6 +145,7 @@ def main(argv=None) -> int:
         # before training began, or in an evaluation
         return 130
     except (core.UserError, core.TrainingError, argparse.ArgumentError, OSError) as error:
+        # one line, even if an environment's error has several
         message = "".join(c if c.isprintable() else " " for c in str(error))
         print(f"walker.py: {message[:380]}", file=sys.stderr)
         return 1 if isinstance(error, core.TrainingError) else 2
