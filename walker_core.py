@@ -66,7 +66,7 @@ class EnvironmentFailure(TrainingError):
 
 
 @contextlib.contextmanager
-def reraise_as(kind: type[Exception], message: str, *caught: type[Exception]) -> Iterator[None]:
+def reraise_as(kind: type[Exception], message: str, *caught: type[Exception]):
     """Turn any of `caught` into `kind` with one line: the message, then the reason."""
     try:
         yield
@@ -76,6 +76,17 @@ def reraise_as(kind: type[Exception], message: str, *caught: type[Exception]) ->
 
 
 # ==== 0. Processes: several under torchrun, or one ================================================
+
+
+def join_processes():
+    """Meet the other processes that torchrun has started: by gloo on CPUs, by NCCL on GPUs.
+
+    A restart has a part of the store to itself: elsewhere PyTorch 2.13 may find the address of a
+    process that is gone.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(store=store, rank=rank, world_size=world_size)
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -149,8 +160,8 @@ class Config(Validated):
     num_envs: int = setting(8, "environments per process, stepped together (N)", ge=1, le=100_000)
     rollout_steps: int = setting(256, "steps per environment and update (T)", ge=2, le=10**6)
     step_timeout: float = setting(60.0, "seconds until an async environment counts as hung", gt=0)
-    norm_obs: bool = setting(True, "normalize observations by running statistics")
-    norm_reward: bool = setting(True, "divide rewards by the std of discounted returns")
+    norm_obs: bool = setting(True, "normalize observations")
+    norm_reward: bool = setting(True, "scale rewards by the std of returns")
     clip_obs: float = setting(10.0, "clip normalized observations to ± this", gt=0)
     clip_reward: tuple[float, float] = setting((-10.0, 10.0), "clip normalized rewards to LOW HIGH")
 
@@ -189,8 +200,8 @@ class Config(Validated):
         if not self.clip_reward[0] < self.clip_reward[1]:
             raise UserError(f"--clip-reward is {self.clip_reward}: it must be LOW < HIGH")
         if self.minibatch_size > self.batch_size:
-            rule = f"it must be at most num_envs × rollout_steps = {self.batch_size}"
-            raise UserError(f"--minibatch-size is {self.minibatch_size}: {rule}")
+            rule = f"at most num_envs × rollout_steps = {self.batch_size}"
+            raise UserError(f"--minibatch-size is {self.minibatch_size}: it must be {rule}")
 
     @classmethod
     def for_env(cls, env: str = "BipedalWalker-v3", **settings: Any) -> Config:
@@ -379,8 +390,8 @@ class WorkerVectorEnv(AsyncVectorEnv):
             process.join()
 
 
-def make_worker_env(config: Config, name: str) -> gym.Env:
-    """An environment in a worker process, which lives exactly as long as the main process.
+def make_in_worker(make: Callable) -> gym.Env:
+    """What `make` makes, in a worker process that lives exactly as long as the main process.
 
     Workers ignore signals: the main process stops them, or they exit when it dies.
     """
@@ -391,7 +402,7 @@ def make_worker_env(config: Config, name: str) -> gym.Env:
         if hasattr(os, "setpgid"):  # not on Windows
             os.setpgid(0, 0)
         threading.Thread(target=exit_after, args=(main,), daemon=True).start()
-    return make_env(config, name=name)
+    return make()
 
 
 def exit_after(process):
@@ -414,7 +425,7 @@ def make_envpool(config: Config, env: gym.Env, seeds) -> VectorEnv:
     return make(config.env, **options, **config.env_options)
 
 
-def make_vector_env(config: Config, env: gym.Env, seeds) -> tuple[VectorEnv, np.ndarray]:
+def make_vector_env(config: Config, env: gym.Env, seeds) -> tuple:
     """N environments like `env` with NEXT_STEP autoreset; their first observations (N, *O).
 
     The row after an episode's end ignores its action, has reward 0 and is no transition.
@@ -422,12 +433,11 @@ def make_vector_env(config: Config, env: gym.Env, seeds) -> tuple[VectorEnv, np.
     if config.vector_env == "envpool":
         envs = make_envpool(config, env, seeds)
         return envs, envs.reset()[0]
-    names = [env_name(i, seed) for i, seed in enumerate(seeds)]
+    makers = [functools.partial(make_env, config, name=env_name(i, s)) for i, s in enumerate(seeds)]
     if config.vector_env == "sync":
-        makers = [functools.partial(make_env, config, name=name) for name in names]
         envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
     else:
-        makers = [functools.partial(make_worker_env, config, name) for name in names]
+        makers = [functools.partial(make_in_worker, make) for make in makers]
         envs = WorkerVectorEnv(makers, config.step_timeout)
     try:
         return envs, envs.reset(seed=list(seeds))[0]
@@ -459,12 +469,11 @@ class RunningMeanStd(nn.Module):
         """
         delta = batch.double() - self.mean
         rows = sum_over_processes(self.count.new_tensor(len(batch)))
-        sums = torch.stack([delta.sum(0), delta.square().sum(0)])
-        delta_sum, square_sum = sum_over_processes(sums)
+        sums, squares = sum_over_processes(torch.stack([delta.sum(0), delta.square().sum(0)]))
         # no division by zero before the first row
         total = (self.count + rows).clamp(min=1)
-        shift = delta_sum / total
-        self.var.copy_((self.count * self.var + square_sum) / total - shift**2).clamp_(min=0)
+        shift = sums / total
+        self.var.copy_((self.count * self.var + squares) / total - shift**2).clamp_(min=0)
         self.mean += shift
         self.count += rows
 
@@ -651,8 +660,8 @@ class Rollout:
         """EnvironmentFailure that names the first environment whose numbers are not finite."""
         if not (np.isfinite(obs).all() and np.isfinite(rewards).all()):
             for i, seed in enumerate(self.seeds):
-                where = f"{env_name(i, seed)}, step {self.episode_length[i]}"
-                check_finite(where, obs[i], rewards[i])
+                place = f"{env_name(i, seed)}, step {self.episode_length[i]}"
+                check_finite(place, obs[i], rewards[i])
 
 
 def stagger_episode_starts(envs: VectorEnv, normalizer, rollout: Rollout):
@@ -668,6 +677,7 @@ def stagger_episode_starts(envs: VectorEnv, normalizer, rollout: Rollout):
     obs, _ = envs.reset(options={"reset_mask": due})
     if len(obs) == len(due):  # EnvPool returns only those that it reset
         obs = obs[due]
+    check_finite("an environment that was restarted", obs)
     rollout.obs[-1, due] = normalizer.normalize(obs).to(rollout.obs.device)
     rollout.restart_at[due] = sys.maxsize
     rollout.episode_return[due] = rollout.episode_length[due] = 0
@@ -750,8 +760,9 @@ def make_batch(rollout: Rollout, agent: ActorCritic, rewards: Tensor, config: Co
     advantages, returns = compute_gae(rewards, values, failed, cut, config.gamma, config.gae_lambda)
 
     valid = rollout.valid
-    statistics = RunningMeanStd()  # over all processes
-    statistics.update(advantages[valid].cpu())  # sync point
+    # over all processes; sync point
+    statistics = RunningMeanStd()
+    statistics.update(advantages[valid].cpu())
     normalized = (advantages[valid] - statistics.mean) / (statistics.var.sqrt() + 1e-8)
     return Batch(
         obs=rollout.obs[:-1][valid],
@@ -815,7 +826,7 @@ def adapt_learning_rates(optimizer: optim.Optimizer, kl: Tensor, desired_kl: flo
         group["lr"].mul_(1.5 ** (faster - slower)).clamp_(1e-5, 1e-2)
 
 
-def average_over_processes(agent: ActorCritic, metrics: dict, rows: int) -> dict[str, Tensor]:
+def average_over_processes(agent: ActorCritic, metrics: dict, rows: int) -> dict:
     """Gradients and metrics as means over the rows of all processes, in one flat all-reduce."""
     if not dist.is_initialized():
         return metrics
@@ -842,21 +853,21 @@ def update(agent, optimizer, batch: Batch, config: Config, loss_function=minibat
             optimizer.zero_grad()
             loss.backward()
             metrics = average_over_processes(agent, metrics, len(rows))
-            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
             if config.lr_schedule == "adaptive":
                 adapt_learning_rates(optimizer, metrics["approx_kl"], config.desired_kl)
             optimizer.step()
-            metrics["grad_norm"] = grad_norm
             # copies, as CUDA graphs reuse the memory of their outputs
-            history.append({name: value.clone() for name, value in metrics.items()})
+            history.append({k: v.clone() for k, v in {**metrics, "grad_norm": norm}.items()})
         if config.target_kl is not None:
-            epoch = history[-config.num_minibatches :]
-            kl = torch.stack([metrics["approx_kl"] for metrics in epoch]).mean()
-            if kl > 1.5 * config.target_kl:  # sync point, once an epoch
+            kls = [metrics["approx_kl"] for metrics in history[-config.num_minibatches :]]
+            # sync point, once an epoch
+            if torch.stack(kls).mean() > 1.5 * config.target_kl:
                 break
 
     table = torch.stack([torch.stack(list(metrics.values())) for metrics in history])
-    averages = table.mean(0).tolist()  # sync point, once an update
+    # sync point, once an update
+    averages = table.mean(0).tolist()
     columns = dict(zip(history[0], averages, strict=True))
     columns["learning_rate"] = optimizer.param_groups[0]["lr"].item()
     residual = (batch.returns - batch.values).var(correction=0)
@@ -945,7 +956,7 @@ LEARNED = (*POLICY, "optimizer", "reward_normalizer")
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path):
     """A temporary path beside `path` to write to, moved into place once it is whole on the disk.
 
     TrainingError if that fails; what was there before stays.
@@ -1007,9 +1018,9 @@ class Learner:
         self.save_s = 0.0
 
     def _make_optimizer(self) -> optim.Optimizer:
-        config = self.config
         policy = [p for name, p in self.agent.named_parameters() if not name.startswith("critic.")]
-        rates = config.learning_rate, config.value_learning_rate or config.learning_rate
+        policy_rate = self.config.learning_rate
+        rates = policy_rate, self.config.value_learning_rate or policy_rate
         # a rate in a tensor can be changed without a sync point
         groups = [
             {"params": params, "initial_lr": rate, "lr": torch.tensor(rate, device=self.device)}
@@ -1053,13 +1064,12 @@ class Learner:
 
     def load(self, state: dict, source, parts: Sequence[str]):
         """Load these parts of a checkpoint's state. UserError if they do not fit."""
-        errors = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+        errors = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
         with reraise_as(UserError, f"{source} does not fit this run", *errors):
             for part in parts:
-                if part == "optimizer":
-                    self._load_optimizer(state[part])
-                else:
-                    getattr(self, part).load_state_dict(state[part])
+                target = getattr(self, part)
+                load = self._load_optimizer if target is self.optimizer else target.load_state_dict
+                load(state[part])
 
     def _load_optimizer(self, saved: dict):
         """Load Adam's moments and the learning rates. ValueError if they do not fit."""
@@ -1075,14 +1085,15 @@ class Learner:
                     raise ValueError(f"{name} does not have the shape {tuple(shape)}")
 
 
-def own_tensors(tensors: dict, max_bytes: int) -> dict[str, Tensor]:
+def own_tensors(tensors: dict, max_bytes: int) -> dict:
     """Copies of a file's tensors, which may overlap in memory.
 
     ValueError if they are larger than `max_bytes` or not finite.
     """
     fits = sum(tensor.nbytes for tensor in tensors.values()) <= max_bytes
-    if not (fits and all(tensor.isfinite().all() for tensor in tensors.values())):
-        raise ValueError("the tensors are larger than the file, or not finite")
+    floats = all(tensor.is_floating_point() for tensor in tensors.values())
+    if not (fits and floats and all(t.float().isfinite().all() for t in tensors.values())):
+        raise ValueError("a tensor is too large, no float, or not finite")
     layout = torch.contiguous_format
     return {name: t.detach().clone(memory_format=layout) for name, t in tensors.items()}
 
@@ -1097,7 +1108,7 @@ def read_archive(data: bytes) -> dict:
         unpacked = sum(record.file_size for record in archive.infolist())
         # a folder, say, whose contents torch would skip
         marked = any(record.external_attr for record in archive.infolist())
-        if archive.testzip() is not None or unpacked > len(data) or marked:
+        if unpacked > len(data) or marked or archive.testzip() is not None:
             raise ValueError("a checksum or a header is wrong")
     state = torch.load(io.BytesIO(data), "cpu", weights_only=True)
     for part in (*POLICY, "reward_normalizer"):
@@ -1119,7 +1130,8 @@ def load_checkpoint(path, env: str | None = None) -> dict:
         if not (isinstance(version + saved_env, str) and isinstance(number, int)):
             raise TypeError("a value has the wrong type")
         state["counters"].keys()  # a dict
-    except Exception:  # a forged pickle can raise anything
+    except Exception:
+        # a forged pickle can raise anything
         raise UserError(f"{path} is no checkpoint of this program, or a damaged one") from None
     if number != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is of version {version}, format {number}, not {CHECKPOINT_FORMAT}")
@@ -1168,9 +1180,10 @@ def resume_learner(config: Config, source) -> Learner:
     learner.load(state, source, LEARNED)
     with reraise_as(UserError, str(source), UserError, TypeError):
         learner.counters = Counters(**state["counters"])
-    # the best policy stayed in another folder
-    if not Path(config.out, BEST).exists():
-        learner.counters.best_return = None
+    # best.pt may be newer than the checkpoint, or have stayed in another folder
+    learner.counters.best_return, best = None, Path(config.out, BEST)
+    if best.exists():
+        learner.counters.best_return = load_checkpoint(best, config.env)["counters"]["best_return"]
     return learner
 
 
@@ -1230,7 +1243,7 @@ def claim_folder(out: Path, resume, overwrite: bool) -> FileLock:
         raise UserError(f"{checkpoints} holds a run: use --resume, another --out, or --overwrite")
     make_folders(checkpoints, out / "videos", out / "plots")
     lock = FileLock(checkpoints / ".lock")
-    with reraise_as(UserError, f"{checkpoints} is in use by a run that is still going", Timeout):
+    with reraise_as(UserError, f"{checkpoints} is in use by another run", Timeout):
         lock.acquire(timeout=0)
     if overwrite:
         for pattern in RUN_FILES:
@@ -1252,8 +1265,7 @@ class RunLog(contextlib.ExitStack):
         total = config.num_iterations * config.steps_per_iteration
         # None: only a terminal gets the bar
         bar = {"unit": " steps", "unit_scale": True, "disable": None}
-        self.bar = tqdm(total=total, initial=counters.step, **bar)
-        self.callback(self.bar.close)
+        self.bar = self.enter_context(tqdm(total=total, initial=counters.step, **bar))
         self.board = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -1263,16 +1275,16 @@ class RunLog(contextlib.ExitStack):
 
     def _drop_rows_after(self, step: int):
         """Rewrite metrics.csv without the rows after `step`, and without a torn last line."""
-        text = self.path.read_text() if self.path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        with reraise_as(UserError, f"{self.path} is damaged", ValueError, KeyError, TypeError):
+        with reraise_as(UserError, str(self.path), ValueError, TypeError, KeyError, csv.Error):
+            text = self.path.read_text() if self.path.exists() else ""
+            whole = text[: text.rfind("\n") + 1]
             rows = [row for row in csv.DictReader(io.StringIO(whole)) if int(row["step"]) <= step]
             with atomic_path(self.path) as temporary, open(temporary, "w", newline="") as file:
                 writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
 
-    def row(self, values: dict, best_return: float | None):
+    def row(self, values: dict, best_return):
         """Append a row; a column without a value stays empty. Show how far the run is."""
         cells = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
         with reraise_as(TrainingError, f"{self.path} cannot be written", OSError):
@@ -1296,16 +1308,12 @@ class RunLog(contextlib.ExitStack):
         self.last_line_at = time.monotonic()
 
 
-def write_config(config: Config, threshold: float | None, path: Path):
+def write_config(config: Config, threshold, path: Path):
     """Every setting as JSON, for --config; `_about` is for readers and plots."""
-    settings = saved_settings(config)
-    settings["_about"] = {"reward_threshold": threshold, "version": __version__}
+    about = {"reward_threshold": threshold, "version": __version__}
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-# macro_block_size 2 keeps every even size
-H264 = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 2}
+        text = json.dumps({**saved_settings(config), "_about": about}, indent=2)
+        temporary.write_text(text + "\n")
 
 
 def record_episode(learner, seed: int, mp4: Path, seconds=None, measure=None) -> list:
@@ -1320,7 +1328,7 @@ def record_episode(learner, seed: int, mp4: Path, seconds=None, measure=None) ->
     limit = None if seconds is None else math.ceil(seconds * learner.fps)
     episode = play(learner.act, learner.config, [seed], render="rgb_array")
     with atomic_path(mp4) as temporary, contextlib.closing(episode):
-        with imageio.get_writer(temporary, fps=learner.fps, **H264) as video:
+        with imageio.get_writer(temporary, fps=learner.fps, macro_block_size=2) as video:
             for env, step in itertools.islice(episode, limit):
                 frame = env.render()
                 if frame is None:
@@ -1436,7 +1444,8 @@ def export(learner: Learner, log: RunLog, with_film: bool):
 
 def configure_torch(agent: ActorCritic):
     """Set precision and threads for this whole process."""
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    # TF32 on CUDA
+    torch.set_float32_matmul_precision("high")
     if sum(p.numel() for p in agent.parameters()) < 100_000:
         # small networks lose more to threads than they gain
         torch.set_num_threads(1)
@@ -1477,17 +1486,15 @@ def evaluate_if_due(learner: Learner, log: RunLog, started: float) -> tuple[dict
     columns = {"eval_return_mean": returns.mean(), "eval_return_std": returns.std()}
     columns["eval_episodes"] = len(seeds)
     best = -math.inf if counters.best_return is None else counters.best_return
-    threshold = learner.threshold
-    if threshold is not None and returns.mean() >= max(threshold, best):
+    if learner.threshold is not None and returns.mean() >= max(learner.threshold, best):
         new_seeds = env_seeds(config.seed, CONFIRM, 100, step=counters.step)
         returns, _ = evaluate_policy(learner.act, config, new_seeds)
-        if returns.mean() >= threshold and counters.solved_step is None:
+        if returns.mean() >= learner.threshold and counters.solved_step is None:
             counters.solved_step = counters.step
             counters.solved_wall_s = time.perf_counter() - started
             log.line(f"solved after {counters.solved_wall_s / 60:.1f} min, by 100 new episodes")
     is_best = bool(returns.mean() > best)
-    if is_best:
-        counters.best_return = float(returns.mean())
+    counters.best_return = max(best, float(returns.mean()))
     result = f"{returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
     result += ", the best so far" if is_best else ""
     log.line(f"step {counters.step:,}: evaluation {result}")
@@ -1524,8 +1531,8 @@ def train(config: Config, resume=None, overwrite=False) -> tuple[Counters, int |
     Raises UserError for what the user can mend, TrainingError if training cannot go on.
     """
     with contextlib.ExitStack() as stack:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo on CPUs, NCCL on GPUs
-            dist.init_process_group()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            join_processes()
             stack.callback(dist.destroy_process_group)
         out = Path(config.out)
         rank, _ = rank_and_world_size()
@@ -1536,7 +1543,8 @@ def train(config: Config, resume=None, overwrite=False) -> tuple[Counters, int |
         agent, counters = learner.agent, learner.counters
         configure_torch(agent)
         loss_function = minibatch_loss
-        if config.compile:  # dynamic: the number of rows changes
+        # dynamic, as the number of rows changes
+        if config.compile:
             loss_function = torch.compile(minibatch_loss, mode="reduce-overhead", dynamic=True)
 
         seeds = env_seeds(config.seed, TRAIN, config.num_envs, rank, counters.step)
@@ -1553,6 +1561,7 @@ def train(config: Config, resume=None, overwrite=False) -> tuple[Counters, int |
             log = stack.enter_context(RunLog(out / METRICS_CSV, config, counters))
         first_obs = learner.obs_normalizer.normalize(raw_obs).to(learner.device)
         rollout = Rollout(config, learner.env, seeds, first_obs)
+        rollout.check_finite(raw_obs, np.zeros(config.num_envs))
         # as if the run had been in one piece
         started = time.perf_counter() - counters.wall_s
 
