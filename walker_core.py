@@ -677,7 +677,8 @@ def stagger_episode_starts(envs: VectorEnv, normalizer, rollout: Rollout):
     obs, _ = envs.reset(options={"reset_mask": due})
     if len(obs) == len(due):  # EnvPool returns only those that it reset
         obs = obs[due]
-    check_finite("an environment that was restarted", obs)
+    for i, env_obs in zip(np.flatnonzero(due), obs, strict=True):
+        check_finite(env_name(i, rollout.seeds[i]), env_obs)
     rollout.obs[-1, due] = normalizer.normalize(obs).to(rollout.obs.device)
     rollout.restart_at[due] = sys.maxsize
     rollout.episode_return[due] = rollout.episode_length[due] = 0

@@ -86,9 +86,9 @@ def arm(fault: Fault) -> None:
         if opened or (event == "subprocess.Popen" and is_it(args[1][-1], temporary)):
             die()
 
-    def play(*args: Any, play: Callable = core.play) -> Iterator[Any]:
-        is_film = len(args) > 4  # and no evaluation
-        yield from itertools.islice(play(*args), 5 if is_film else None)
+    def play(*args: Any, play: Callable = core.play, **how: Any) -> Iterator[Any]:
+        is_film = "render" in how  # and no evaluation
+        yield from itertools.islice(play(*args, **how), 5 if is_film else None)
         if not is_film:
             return
         die()  # the encoder lives on for a moment
@@ -125,8 +125,9 @@ def arm(fault: Fault) -> None:
         def __exit__(self, *_: object) -> None:
             self.file.close()
 
-    def torn_open(path: Path, mode: str) -> Any:
-        return TornFile(open(path, mode)) if mode == "a" else open(path, mode)
+    def torn_open(path: Path, mode: str, **how: Any) -> Any:
+        file = open(path, mode, **how)
+        return TornFile(file) if mode == "a" else file
 
     if fault.file == "row":
         core.open = torn_open
@@ -145,17 +146,17 @@ def be_trained(argv: list[str], fault: list | None, scores: list[float] | None, 
 
     With `scores`, these are the returns of the evaluations, in place of real ones.
     """
-    save = core.save
+    save = core.save_if_due
 
     def save_every_third(learner: core.Learner, *args: Any) -> None:
         third = learner.counters.iteration % 3 == 0
-        learner.saved_at = -math.inf if third else time.perf_counter()
+        learner.saved_at, learner.save_s = -math.inf if third else time.perf_counter(), 1.0
         save(learner, *args)
 
-    core.save = save_every_third
+    core.save_if_due = save_every_third
     if scores is not None:
         left = iter(scores)
-        core.evaluate = lambda act, config, seeds: (np.full(len(seeds), next(left)), seeds)
+        core.evaluate_policy = lambda act, config, seeds: (np.full(len(seeds), next(left)), seeds)
     if fault is not None:
         arm(Fault(*fault))
     exec(hook, {"core": core})
@@ -284,7 +285,7 @@ def _read(path: Path) -> bool:
 
 def read_rows(out: Path) -> tuple[list[str], str]:
     """The rows of metrics.csv below its header, and what stands behind the last whole line."""
-    path = out / core.METRICS
+    path = out / core.METRICS_CSV
     if not path.exists():
         return [], ""
     *lines, torn = path.read_text().split("\n")
@@ -360,18 +361,12 @@ class Campaign:
         rows, torn = read_rows(out)
         iterations = [int(row.split(",")[1]) for row in rows]
         self.table[name]["unfinished"] += iterations != list(range(1, ITERATIONS + 1)) or torn != ""
-        self.table[name]["left over"] += len(leftovers(out))
-        for file in leftovers(out):
-            print(f"left over after run {self.runs}: {file}")
-
-    def troubles(self) -> dict[tuple[str, str], Counter]:
-        """The rows of the table in which something is wrong."""
-        good = {"tried", "killed", "resumed"}
-        return {name: +c for name, counts in self.table.items() if (c := without(counts, good))}
+        wrong = [file for file in leftovers(out) if ".tmp." not in file]
+        assert not wrong, f"left over after run {self.runs}: {wrong}"
 
     def __str__(self) -> str:
         columns = ("tried", "killed", "resumed", "refused", "failed", "lost", "repeated", "torn")
-        columns += ("broken", "unfinished", "left over")
+        columns += ("broken", "unfinished")
         lines = [f"{'fault':<44}" + "".join(f"{name:>11}" for name in columns)]
         for name, counts in [*sorted(self.table.items()), (("all", ""), self.total())]:
             lines.append(f"{', '.join(name):<44}" + "".join(f"{counts[c]:>11}" for c in columns))
@@ -380,10 +375,6 @@ class Campaign:
 
     def total(self) -> Counter:
         return sum(self.table.values(), Counter())
-
-
-def without(counts: Counter, names: set[str]) -> Counter:
-    return Counter({name: n for name, n in counts.items() if n and name not in names})
 
 
 def random_kills(campaign: Campaign, count: int, chance: random.Random, seconds: float) -> None:

@@ -150,6 +150,6 @@ def _bits(tensor: torch.Tensor) -> bytes:
 
 
 def learned(checkpoint: Path) -> dict[str, Any]:
-    """All of a checkpoint that training has made: networks, optimiser and normalisers."""
+    """All of a checkpoint that training has made: networks, optimizer and normalizers."""
     state = core.load_checkpoint(checkpoint)
     return {name: state[name] for name in LEARNED}

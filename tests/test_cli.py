@@ -3,112 +3,68 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
+import math
 import re
 import shutil
+import subprocess
+import sys
+import typing
 from pathlib import Path
 
 import gymnasium as gym
-import imageio.v3 as iio
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from helpers import BATCH, TINY, flags, rows, tiny, train_without_pictures, tree, warned
+from helpers import BATCH, flags, rows, tiny, train_without_pictures, tree, warned
 
 import walker
 import walker_core as core
 from walker_core import Config
 
-# Each setting as typed, and the value it then has, which is no default.
-TYPED = {
-    "env": ("MountainCarContinuous-v0", "MountainCarContinuous-v0"),
-    "env_kwargs": ("g=9.81 max_episode_steps=9", ("g=9.81", "max_episode_steps=9")),
-    "total_timesteps": ("4321", 4321),
-    "seed": ("77", 77),
-    "device": ("cpu", "cpu"),
-    "compile": (None, True),
-    "out": ("somewhere", "somewhere"),
-    "init_from": ("other.pt", "other.pt"),
-    "vector_env": ("async", "async"),
-    "num_envs": ("50", 50),
-    "rollout_steps": ("500", 500),
-    "step_timeout": ("2.5", 2.5),
-    "norm_obs": (None, False),
-    "norm_reward": (None, False),
-    "clip_obs": ("7.5", 7.5),
-    "clip_reward": ("-2 3", (-2.0, 3.0)),
-    "actor_hidden": ("16 8 4", (16, 8, 4)),
-    "critic_hidden": ("32", (32,)),
-    "activation": ("elu", "elu"),
-    "layer_norm": (None, True),
-    "mean_activation": ("tanh", "tanh"),
-    "init_std": ("0.4", 0.4),
-    "state_dependent_std": (None, True),
-    "learning_rate": ("7e-4", 7e-4),
-    "value_learning_rate": ("1e-3", 1e-3),
-    "lr_schedule": ("cosine", "cosine"),
-    "desired_kl": ("0.03", 0.03),
-    "gamma": ("0.9", 0.9),
-    "gae_lambda": ("0.8", 0.8),
-    "clip_eps": ("0.15", 0.15),
-    "clip_value_eps": ("0.3", 0.3),
-    "failure_reward": ("-50", -50.0),
-    "entropy_coef": ("0.001", 0.001),
-    "value_coef": ("0.25", 0.25),
-    "max_grad_norm": ("2", 2.0),
-    "update_epochs": ("3", 3),
-    "minibatch_size": ("8", 8),
-    "target_kl": ("0.02", 0.02),
-    "eval_every": ("640", 640),
-    "eval_episodes": ("3", 3),
-    "checkpoint_every": ("320", 320),
-    "record_every": ("960", 960),
-    "tensorboard": (None, True),
-    "stop_when_solved": (None, True),
-}
-# What --resume may change: total timesteps, device, vector backend, cadences, logging.
-RESUMABLE = {
-    *("total_timesteps", "device", "compile", "vector_env", "eval_every", "eval_episodes"),
-    *("checkpoint_every", "stop_when_solved", "out", "step_timeout", "record_every", "tensorboard"),
-}
+FIELDS = {name: field.annotation for name, field in Config.__pydantic_fields__.items()}
+RESUMABLE = {  # what --resume may change: nothing that the learner sees
+    "total_timesteps", "device", "compile", "vector_env", "step_timeout", "out", "eval_every",
+    "eval_episodes", "checkpoint_every", "record_every", "tensorboard", "stop_when_solved",
+}  # fmt: skip
+LAST = f"run/{core.LAST}"
 RESULT = re.compile(
     r"return (-?\d+\.\d) ± (\d+\.\d) over (\d+) episodes \(min (-?\d+\.\d), max (-?\d+\.\d)\), "
     r"length (\d+)"
 )
 
-
-def words(name: str) -> list[str]:
-    """The flag of a setting, as typed, with its value in TYPED."""
-    flag, (typed, value) = name.replace("_", "-"), TYPED[name]
-    if typed is None:
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag}", *typed.split()]
-
-
 pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
+def another(name: str):
+    """A right value of the field that differs from that of `tiny()`."""
+    kind, value = FIELDS[name], getattr(tiny(), name)
+    if typing.get_origin(kind) is typing.Literal:
+        return next(choice for choice in reversed(typing.get_args(kind)) if choice != value)
+    if kind is bool:
+        return not value
+    if kind is int:
+        return value + 1
+    if kind in (float, float | None):
+        return value / 2 if value else 0.125
+    if name in ("actor_hidden", "critic_hidden"):
+        return (16, 8)
+    return {"clip_reward": (-1000.0, 3.0), "env_kwargs": ("g=9.81", "render_fps=9")}.get(name, "x")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with a finished run in `run`, and files that are no checkpoints."""
+    """A folder with a finished run in `run`, and files that are wrong."""
     folder = tmp_path_factory.mktemp("cli")
     train_without_pictures(tiny(folder / "run", eval_every=2 * BATCH))
-    whole = (folder / "run" / core.LAST).read_bytes()
-    (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
-    (folder / "empty.pt").write_bytes(b"")
-    (folder / "text.pt").write_text("weights, honestly\n")
+    whole = (folder / LAST).read_bytes()
+    (folder / "half.pt").write_bytes(whole[: len(whole) // 2])
     torch.save({"model": torch.zeros(3), "epoch": 7}, folder / "foreign.pt")
-    torch.save({"format": core.CHECKPOINT_FORMAT, "config": {}}, folder / "hollow.pt")
-    torch.save([torch.zeros(3)], folder / "list.pt")
     (folder / "afile").write_text("not a folder\n")
-    (folder / "half").mkdir()
-    (folder / "half" / "plots").write_text("not a folder\n")
     (folder / "broken.json").write_text('{"gamma": 0.9')
-    (folder / "array.json").write_text("[]")
-    (folder / "string.json").write_text('""')
+    (folder / "array.json").write_text("[1]")
     (folder / "typo.json").write_text('{"gama": 0.9}')
-    (folder / "nan.json").write_text('{"gamma": NaN}')
     return folder
 
 
@@ -120,362 +76,252 @@ def folder(trained, tmp_path, monkeypatch) -> Path:
     return tmp_path / "work"
 
 
-def refused(argv: list[str], folder: Path, capsys, recwarn) -> str:
-    """The one line on standard error, once everything else about a wrong command is right."""
-    before = tree(folder)
-    code = walker.main(argv)
-    printed = capsys.readouterr()
-    assert code == 2
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1, printed.err
-    assert printed.err.startswith("walker.py: ")
-    assert printed.err[:-1].isprintable()  # no control characters
-    assert warned(recwarn) == []  # more lines on standard error
-    assert tree(folder) == before
-    return printed.err.removeprefix("walker.py: ").rstrip("\n")
-
-
 # ---- where settings come from --------------------------------------------------------------------
 
 
-def test_every_setting_is_a_flag_with_its_meaning_in_the_help(capsys):
+@pytest.mark.parametrize(
+    ("command", "defaults", "more"),
+    [
+        ("--help", Config.for_env(), ("--resume", "--config", "--overwrite", "walker.pyevaluate")),
+        ("evaluate --help", walker.Evaluation(), ("checkpoint",)),
+    ],
+)
+def test_every_field_is_in_the_help_with_its_meaning_and_default(command, defaults, more, capsys):
     with pytest.raises(SystemExit) as caught:
-        walker.main(["--help"])
+        walker.main(command.split())
     assert caught.value.code == 0
-    text = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
-    source = inspect.getsource(Config)
-    for field in dataclasses.fields(Config):
-        [meaning] = re.findall(rf"^    {field.name}: .*  # (.+)$", source, re.MULTILINE)
-        flag = field.name.replace("_", "-")
-        assert re.search(rf" --{flag}[ ,].{{0,60}}?{re.escape(meaning)} \(default: ", text), flag
-    for flag in ("--resume", "--config", "--overwrite", "evaluate"):
-        assert flag in text
+    text = "".join(capsys.readouterr().out.split())
+    for name, field in defaults.__pydantic_fields__.items():
+        flag, default = f"--{name.replace('_', '-')}", getattr(defaults, name)
+        meaning = "".join(f"{field.description} (default: {default})".split())
+        assert re.search(rf"{flag}\W?[^a-z]?.{{0,50}}?{re.escape(meaning)}", text), flag
+    assert all(part in text for part in more)
 
 
-def test_every_setting_of_an_evaluation_is_in_its_help(capsys):
-    with pytest.raises(SystemExit) as caught:
-        walker.main(["evaluate", "--help"])
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    for name in (field.name for field in dataclasses.fields(walker.Evaluation)):
-        flag = name.replace("_", "-")
-        assert name == "checkpoint" or f"--{flag} " in text.replace(",", " ")
-
-
-def test_the_flags_below_are_all_there_are():
-    assert sorted(TYPED) == sorted(field.name for field in dataclasses.fields(Config))
-
-
-@pytest.mark.parametrize("name", TYPED)
-def test_a_typed_flag_changes_its_setting_and_no_other(name):
-    config, resume, overwrite = walker.parse_training(["--env", "Pendulum-v1", *words(name)])
-    assert config == dataclasses.replace(Config(env="Pendulum-v1"), **{name: TYPED[name][1]})
-    assert TYPED[name][1] != getattr(Config(), name)
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_typed_flag_changes_its_field_and_no_other(name):
+    value = another(name)
+    config, resume, overwrite = walker.parse_training(flags(**{name: value}))
+    assert config == dataclasses.replace(tiny(), **{name: value}) != tiny()
     assert (resume, overwrite) == (None, False)
 
 
-def test_a_flag_may_be_typed_with_an_equals_sign_and_the_last_one_counts():
-    config, _, _ = walker.parse_training(["--gamma=0.5", "--out=a", "--gamma", "0.6", "--out", "b"])
-    assert (config.gamma, config.out) == (0.6, "b")
+def test_numbers_may_be_negative_scientific_or_joined_and_the_last_flag_counts():
+    def typed(words):
+        return walker.parse_training(words.split())[0]
+
+    assert typed("--clip-reward -1e3 1e3").clip_reward == (-1e3, 1e3)
+    assert typed("--clip-reward -.5 2").clip_reward == (-0.5, 2)
+    assert typed("--failure-reward -1e9 --gamma=0.5 --gamma 5e-1").failure_reward == -1e9
+    assert typed("--gamma=0.5 --gamma 6e-1").gamma == 0.6
 
 
 def test_each_source_of_settings_beats_the_ones_below_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     env = "BipedalWalker-v3"
-    defaults = Config().total_timesteps, Config().learning_rate
-    preset = Config.for_env(env).total_timesteps, Config.for_env(env).learning_rate
-    assert defaults[0] != preset[0]
+    default, preset = (
+        (config.total_timesteps, config.learning_rate) for config in (Config(), Config.for_env(env))
+    )
+    assert default[0] != preset[0]
+    assert default[1] != preset[1]
 
     def total_and_rate(*argv):
         config, _, _ = walker.parse_training(list(argv))
         return config.total_timesteps, config.learning_rate
 
-    def write(**settings):
+    def file(**settings):
         Path("some.json").write_text(json.dumps(settings))
         return "--config", "some.json"
 
-    assert total_and_rate("--env", "Pendulum-v1") == defaults
+    assert total_and_rate("--env", "Pendulum-v1") == default
     assert total_and_rate() == total_and_rate("--env", env) == preset
-    assert total_and_rate(*write(total_timesteps=5)) == (5, preset[1])
-    assert total_and_rate(*write(env=env, learning_rate=0.2), "--total-timesteps", "6") == (6, 0.2)
-    assert total_and_rate(*write(env="Pendulum-v1", total_timesteps=7)) == (7, defaults[1])
+    assert total_and_rate(*file(total_timesteps=5)) == (5, preset[1])
+    assert total_and_rate(*file(env="Pendulum-v1", total_timesteps=7)) == (7, default[1])
+    assert total_and_rate(*file(env=env, learning_rate=0.2), "--total-timesteps", "6") == (6, 0.2)
+    # the preset of a typed environment stays below the file
+    typed = total_and_rate(*file(env="Pendulum-v1", learning_rate=0.2), "--env", env)
+    assert typed == (preset[0], 0.2)
 
     Path("checkpoints_walker").mkdir()
-    core.Learner(tiny(env=env, env_kwargs=(), total_timesteps=64, learning_rate=0.3)).save(
-        "checkpoints_walker/last.pt"
-    )
+    learner = core.Learner(tiny())
+    learner.config = tiny(env=env, env_kwargs=(), total_timesteps=64, learning_rate=0.3)
+    learner.save(core.LAST)
     assert total_and_rate("--resume") == (64, 0.3)
-    assert total_and_rate("--resume", *write(total_timesteps=8, learning_rate=0.4)) == (64, 0.3)
+    assert total_and_rate("--resume", *file(total_timesteps=8, learning_rate=0.4)) == (64, 0.3)
     assert total_and_rate("--resume", "--total-timesteps", "96") == (96, 0.3)
-
-
-def test_a_typed_environment_beats_a_files_and_its_preset_stays_below_the_file(tmp_path):
-    file = tmp_path / "some.json"
-    file.write_text('{"env": "Pendulum-v1", "gamma": 0.5}')
-    config, _, _ = walker.parse_training(["--config", str(file), "--env", "BipedalWalker-v3"])
-    assert config == Config.for_env("BipedalWalker-v3", gamma=0.5)
-
-
-def test_a_resumed_run_goes_on_in_its_own_folder(folder):
-    in_other = walker.parse_training(["--out", "run", "--resume"])
-    assert in_other[1] == Path("run/checkpoints_walker/last.pt")
-    assert walker.parse_training(["--resume", "run/checkpoints_walker/best.pt"])[0].out == "run"
-    assert in_other[0] == tiny("run", eval_every=2 * BATCH)
 
 
 # ---- what --resume may change --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in TYPED if name not in RESUMABLE])
-def test_a_resume_refuses_a_flag_that_would_change_the_learner(name, folder, capsys, recwarn):
-    file, old = "run/checkpoints_walker/last.pt", getattr(tiny(), name)
-    said = refused(["--resume", file, *words(name)], folder, capsys, recwarn)
-    flag = name.replace("_", "-")
-    assert said == f"--{flag} is {TYPED[name][1]!r}, but {file} was trained with {old!r}"
+def test_a_resume_goes_on_in_the_folder_of_its_checkpoint(folder):
+    config, resume, _ = walker.parse_training(["--out", "run", "--resume"])
+    assert resume == Path(LAST)
+    assert config == tiny("run", eval_every=2 * BATCH)
+    assert walker.parse_training(["--resume", f"run/{core.BEST}"])[0].out == "run"
 
 
-def test_a_resume_accepts_what_does_not_change_the_learner(folder):
-    changes = {"total_timesteps": 6 * BATCH, "device": "auto"}
-    free = sorted(RESUMABLE - {"out"} - set(changes))
-    argv = [word for name in free for word in words(name)]
-    argv += ["--total-timesteps", str(6 * BATCH), "--device", "auto"]
-    assert walker.main(["--out", "run", "--resume", *argv]) == 0
-    changes |= {name: TYPED[name][1] for name in free}
-    written = json.loads((folder / "run" / core.CONFIG).read_text())
-    assert {name: written[name] for name in changes} == changes
-    assert not any(getattr(tiny(eval_every=2 * BATCH), name) == changes[name] for name in changes)
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_resume_may_change_only_what_the_learner_does_not_see(name, folder, monkeypatch):
+    monkeypatch.setattr(core, "resolve_device", lambda name: torch.device("cpu"))
+    config = dataclasses.replace(tiny("run", eval_every=2 * BATCH), **{name: another(name)})
+    if name in RESUMABLE:
+        assert core.resume_learner(config, LAST).counters.step == 4 * BATCH
+        return
+    with pytest.raises(core.UserError) as caught:
+        core.resume_learner(config, LAST)
+    assert str(caught.value).startswith(f"--{name.replace('_', '-')} is {another(name)!r}, ")
+    for part in (LAST, repr(getattr(tiny(), name))):
+        assert part in str(caught.value)
+
+
+def test_a_resume_uses_what_was_typed_and_keeps_it(folder):
+    typed = ["--total-timesteps", str(6 * BATCH), "--vector-env", "async", "--eval-every", "0"]
+    assert walker.main(["--out", "run", "--resume", "--gamma", "0.99", *typed]) == 0
+    settings = json.loads((folder / "run" / core.CONFIG_JSON).read_text())
+    assert (settings["total_timesteps"], settings["vector_env"]) == (6 * BATCH, "async")
     assert [int(row["step"]) for row in rows(folder / "run")] == [BATCH * i for i in range(1, 7)]
+    assert [bool(row["eval_episodes"]) for row in rows(folder / "run")] == 2 * [False, True] + 2 * [
+        False
+    ]
 
 
-def test_a_resume_accepts_a_typed_flag_that_changes_nothing(folder):
-    config, resume, _ = walker.parse_training(["--resume", *flags("run", eval_every=2 * BATCH)])
-    assert core.prepare_learner(config, resume).counters.step == 4 * BATCH
-
-
-# ---- what is refused -----------------------------------------------------------------------------
+# ---- what is refused: one case of each kind of mistake -------------------------------------------
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-NO_MPS = pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is a GPU here")
-LAST = "run/checkpoints_walker/last.pt"
-FOREIGN = "was written by version None, in format None, not 1"
-
-WRONG_TRAINING = [  # what is typed after the settings of `TINY`, and parts of what is said
-    ("--env Nosuch-v0", "--env Nosuch-v0", "doesn't exist"),
-    ("--env BipedalWalker-v2", "--env BipedalWalker-v2", "BipedalWalker-v3"),
-    ("--env nosuchmodule:Thing-v0", "--env nosuchmodule:Thing-v0", "No module named"),
-    (
-        "--env Taxi-v4 --env-kwargs",
-        "--env Taxi-v4",
-        "observations are no float vector, nor an image",
-    ),
-    ("--env CliffWalking-v1 --env-kwargs", "--env CliffWalking-v1", "observations are no float"),
-    ("--env-kwargs gravity=1", "--env Pendulum-v1", "unexpected keyword argument 'gravity'"),
-    ("--env-kwargs hardcore", "--env-kwargs is ('hardcore',)", "KEY"),
-    ("--env", "--env", "expected one argument"),
-    ("--num-envs many", "--num-envs", "'many'"),
-    ("--num-envs 1.5", "--num-envs", "'1.5'"),
-    ("--gamma high", "--gamma", "'high'"),
-    ("--gamma", "--gamma", "Missing value"),
-    ("--gamma 0.9 0.8", "Unrecognized options: 0.8"),
-    ("--gamma nan", "--gamma is nan", "a finite number"),
-    ("--learning-rate nan", "--learning-rate is nan", "a finite number"),
-    ("--learning-rate inf", "--learning-rate is inf", "a finite number"),
-    ("--clip-reward -inf inf", "--clip-reward is (-inf, inf)", "a finite number"),
-    ("--norm-obs maybe", "maybe"),
-    ("--lr-schedule quadratic", "'quadratic'", "'constant', 'linear', 'cosine', 'adaptive'"),
-    ("--total-timesteps 0", "--total-timesteps is 0", "greater than 0"),
-    ("--total-timesteps 1e6", "--total-timesteps", "'1e6'"),
-    ("--num-envs 0", "--num-envs is 0", "greater than or equal to 1"),
-    ("--rollout-steps -16", "--rollout-steps is -16", "greater than or equal to 2"),
-    ("--update-epochs 0", "--update-epochs is 0", "greater than 0"),
-    ("--eval-episodes 0", "--eval-episodes is 0", "greater than 0"),
-    ("--eval-every -1", "--eval-every is -1", "greater than or equal to 0"),
-    ("--seed -1", "--seed is -1", "greater than or equal to 0"),
-    ("--actor-hidden", "--actor-hidden is ()", "at least 1 item"),
-    ("--actor-hidden 64 0", "--actor-hidden is (64, 0)", "greater than or equal to 1"),
-    ("--minibatch-size 33", "--minibatch-size is 33", "at most the batch", "= 32"),
-    pytest.param(("--device cuda", "--device cuda", "--device cpu"), marks=NO_CUDA),
-    pytest.param(("--device mps", "--device mps", "--device cpu"), marks=NO_MPS),
-    ("--device tpu", "--device", "'tpu'", "'auto', 'cpu', 'cuda', 'mps'"),
-    ("--learning-rat 0.1", "--learning-rat", "perhaps --learning-rate?"),
-    ("--resum", "--resum"),
+TRAINING = " ".join(flags("new"))
+WRONG = [  # a command, and what its message names; TRAINING is cheap, if it is not refused
+    (f"{TRAINING} --gama 0.9", "--gama", "--gamma?"),
+    (f"{TRAINING} --learning-rat=0.1", "--learning-rat", "--learning-rate?"),
+    (f"{TRAINING} --env", "--env"),
+    (f"{TRAINING} --gamma 0.9 0.8", "0.8"),
+    (f"{TRAINING} --no-norm-obs=1", "--no-norm-obs", "'1'"),
     ("evalute x.pt", "evalute"),
-    ("--out afile", "--out", "afile"),
-    ("--out afile/below", "--out", "afile/below"),
-    ("--out half", "--out", "half/plots"),
-    ("--out run", "run/checkpoints_walker", "--resume", "--out", "--overwrite"),
-    ("--out run --resume --overwrite", "--resume", "--overwrite"),
-    ("--resume nosuch.pt", "nosuch.pt", "No such file"),
-    ("--resume run", "run", "Is a directory"),
-    ("--resume --out half", "half/checkpoints_walker/last.pt", "No such file"),
-    ("--resume truncated.pt", "truncated.pt is no checkpoint"),
-    ("--resume empty.pt", "empty.pt is no checkpoint"),
-    ("--resume text.pt", "text.pt is no checkpoint"),
-    ("--resume foreign.pt", f"foreign.pt {FOREIGN}"),
-    ("--resume list.pt", "list.pt is no checkpoint"),
-    ("--resume hollow.pt", "hollow.pt"),
-    ("--out run --overwrite --init-from nosuch.pt", "nosuch.pt", "No such file"),
-    ("--out run --overwrite --init-from truncated.pt", "truncated.pt is no checkpoint"),
-    ("--out run --overwrite --init-from hollow.pt", "hollow.pt"),
-    (
-        f"--out run --overwrite --init-from {LAST} --actor-hidden 5",
-        f"{LAST} does not fit this run",
-        "agent.actor.0.weight is damaged, or of shape (4, 3), not (5, 3)",
-    ),
-    ("--config nosuch.json", "nosuch.json", "No such file"),
-    ("--config broken.json", "broken.json: Expecting"),
-    ("--config array.json", "array.json: 'list' object"),
-    ("--config string.json", "string.json: 'str' object"),
-    ("--config typo.json", "typo.json: --gama is 0.9: Unexpected keyword argument"),
-    ("--config nan.json", "nan.json: --gamma is nan"),
+    (f"{TRAINING} --num-envs many", "--num-envs", "'many'", "integer"),
+    (f"{TRAINING} --gamma 1.1", "--gamma", "'1.1'", "1"),
+    (f"{TRAINING} --minibatch-size 33", "--minibatch-size", "33", "= 32"),
+    (f"{TRAINING} --device tpu", "--device", "'tpu'", "'auto', 'cpu', 'cuda' or 'mps'"),
+    pytest.param((f"{TRAINING} --device cuda", "--device cuda", "--device cpu"), marks=NO_CUDA),
+    (f"{TRAINING} --env Nosuch-v0", "--env Nosuch-v0"),
+    (f"{TRAINING} --env nosuchmodule:Thing-v0", "--env nosuchmodule:Thing-v0", "nosuchmodule"),
+    (f"{TRAINING} --env Taxi-v4 --env-kwargs", "--env Taxi-v4", "observations"),
+    (f"{TRAINING} --env-kwargs gravity=1", "--env Pendulum-v1", "'gravity'"),
+    (f"{TRAINING} --config nosuch.json", "nosuch.json"),
+    (f"{TRAINING} --config broken.json", "broken.json"),
+    (f"{TRAINING} --config array.json", "array.json"),
+    (f"{TRAINING} --config typo.json", "typo.json", "--gama"),
+    (f"{TRAINING} --out afile/below", "--out", "afile/below"),
+    (f"{TRAINING} --out run", "run/checkpoints_walker", "--resume", "--out", "--overwrite"),
+    (f"{TRAINING} --out run --resume --overwrite", "--resume", "--overwrite"),
+    ("--resume nosuch.pt", "nosuch.pt"),
+    ("--resume half.pt", "half.pt", "no checkpoint"),
+    (f"--resume {LAST} --gamma 0.5", "--gamma is 0.5", LAST, "0.99"),
+    (f"--resume {LAST} --out copy", "copy/checkpoints_walker", "--out"),
+    (f"{TRAINING} --out run --overwrite --init-from foreign.pt", "foreign.pt"),
+    (f"{TRAINING} --out run --overwrite --init-from {LAST} --actor-hidden 5", LAST, "not fit"),
+    ("evaluate", "CHECKPOINT"),
+    ("evaluate nosuch.pt", "nosuch.pt"),
+    (f"evaluate {LAST} --episode 3", "--episode", "--episodes?"),
+    (f"evaluate {LAST} --episodes 0", "--episodes", "'0'", "1"),
+    (f"evaluate {LAST} --seconds nan", "--seconds", "'nan'", "finite"),
+    (f"evaluate {LAST} --env MountainCarContinuous-v0", LAST, "not fit"),
+    (f"evaluate {LAST} --record --out afile", "--out", "afile"),
 ]
 
 
-@pytest.mark.parametrize("case", WRONG_TRAINING, ids=lambda case: case[0])
+@pytest.mark.parametrize("case", WRONG, ids=lambda case: case[0].removeprefix(TRAINING))
 def test_a_wrong_command_is_one_line_and_code_2_and_touches_nothing(case, folder, capsys, recwarn):
-    typed, *parts = case
-    said = refused([*flags("new"), *typed.split()], folder, capsys, recwarn)
-    for part in parts:
-        assert part in said
+    command, *parts = case
+    shutil.copytree("run", "copy")
+    before = tree(folder)
+    assert walker.main(command.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("walker.py: ")
+    assert printed.err.endswith("\n")
+    assert printed.err[:-1].isprintable()  # one line, no control characters
+    assert [part for part in parts if part not in printed.err] == [], printed.err
+    assert warned(recwarn) == []  # more lines on standard error
+    assert tree(folder) == before
 
 
-WRONG_EVALUATIONS = [
-    ("", "required"),
-    ("nosuch.pt", "nosuch.pt", "No such file"),
-    ("run", "run", "Is a directory"),
-    ("truncated.pt", "truncated.pt is no checkpoint"),
-    ("text.pt", "text.pt is no checkpoint"),
-    ("foreign.pt", f"foreign.pt {FOREIGN}"),
-    ("hollow.pt", "hollow.pt"),
-    (f"{LAST} --episodes 0", "--episodes is 0", "greater than 0"),
-    (f"{LAST} --episodes few", "--episodes", "'few'"),
-    (f"{LAST} --seed -1", "--seed is -1"),
-    (f"{LAST} --seconds 0", "--seconds is 0", "greater than 0"),
-    (f"{LAST} --seconds nan", "--seconds is nan", "finite"),
-    (f"{LAST} --episode 3", "--episode", "perhaps --episodes?"),
-    (f"{LAST} --env Nosuch-v0", "--env Nosuch-v0", "doesn't exist"),
-    (f"{LAST} --env Taxi-v4", "--env Taxi-v4", "no float vector"),
-    (
-        f"{LAST} --env MountainCarContinuous-v0",
-        f"{LAST} does not fit this run",
-        "agent.actor.0.weight is damaged, or of shape (4, 3), not (4, 2)",
-    ),
-    (f"{LAST} --record --out afile", "--out", "afile"),
-    pytest.param((f"{LAST} --device cuda", "--device cuda"), marks=NO_CUDA),
-]
+@pytest.mark.parametrize("typed", ["", "--resume", "--overwrite"])
+def test_a_second_run_in_a_folder_is_one_line_and_changes_nothing(typed, folder, capsys):
+    lock = core.claim_folder(Path("run"), None, overwrite=True)  # as a run that is going on
+    core.Learner(tiny("run")).save(core.LAST)
+    before = tree(folder)
+    assert walker.main([*flags("run"), *typed.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "run/checkpoints_walker" in error
+    assert ("is in use" in error) == (typed != "")
+    assert tree(folder) == before
+    lock.release()
+    assert walker.main([*flags("run"), "--resume"]) == 0
 
 
-@pytest.mark.parametrize("case", WRONG_EVALUATIONS, ids=lambda case: case[0])
-def test_a_wrong_evaluation_is_one_line_and_code_2_and_touches_nothing(
-    case, folder, capsys, recwarn
-):
-    typed, *parts = case
-    said = refused(["evaluate", *typed.split()], folder, capsys, recwarn)
-    for part in parts:
-        assert part in said
-
-
-def test_a_resume_into_the_folder_of_another_run_is_refused(folder, capsys, recwarn):
-    shutil.copytree("run", "another")
-    said = refused(["--resume", LAST, "--out", "another"], folder, capsys, recwarn)
-    assert "another" in said
+@pytest.mark.slow
+@pytest.mark.parametrize("typed", ["--gama 0.9", "--config afile", "--out b\udcff --device tpu"])
+def test_a_wrong_command_is_one_line_of_a_process_too(typed, folder):
+    command = [sys.executable, walker.__file__, *flags("new"), *typed.split()]
+    done = subprocess.run(command, capture_output=True, timeout=100)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"walker.py: ")
+    assert done.stderr.count(b"\n") == 1
 
 
 # ---- evaluate ------------------------------------------------------------------------------------
 
 
-def test_evaluate_ends_with_a_line_of_the_numbers_of_its_episodes(folder, capsys):
-    assert walker.main(["evaluate", LAST, "--episodes", "5", "--seed", "3"]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    match = RESULT.fullmatch(last)
-    assert match, last
+def evaluate(capsys, *words: str) -> list[str]:
+    """The lines that `evaluate` prints about the run's last.pt."""
+    assert walker.main(["evaluate", LAST, *words]) == 0
+    return capsys.readouterr().out.splitlines()
 
-    config = tiny(seed=3)
-    learner = core.Learner(config)
-    learner.load(core.load_checkpoint(LAST), LAST, core.POLICY)
-    returns, lengths = core.evaluate(learner.act, config, core.env_seeds(3, core.TEST, 5))
-    expected = (returns.mean(), returns.std(), 5, returns.min(), returns.max(), lengths.mean())
-    assert [float(number) for number in match.groups()] == pytest.approx(expected, abs=0.051)
+
+def test_evaluate_prints_the_numbers_of_its_episodes_and_writes_nothing(folder, capsys):
+    before = tree(folder)
+    five = ("--episodes", "5", "--seed", "3")
+    line = evaluate(capsys, *five)[-1]
+    assert evaluate(capsys, *five)[-1] == line
+    assert evaluate(capsys, *five[:-1], "4")[-1] != line
+
+    learner = core.load_learner(LAST, device="cpu")
+    returns, lengths = core.evaluate_policy(
+        learner.act, learner.config, core.env_seeds(3, core.TEST, 5)
+    )
+    expected = [returns.mean(), returns.std(), 5, returns.min(), returns.max(), lengths.mean()]
+    found = json.loads(evaluate(capsys, *five, "--json")[-1])
+    assert list(found) == ["mean", "std", "episodes", "min", "max", "length"]
+    assert list(found.values()) == pytest.approx(expected)
+    rounded = [float(number) for number in RESULT.fullmatch(line).groups()]
+    assert rounded == pytest.approx(expected, abs=0.051)
     assert returns.std() > 1
-
-
-def test_evaluate_says_the_same_again_and_else_with_another_seed(folder, capsys):
-    before, said = tree(folder), []
-    for seed in ("3", "3", "4"):
-        assert walker.main(["evaluate", LAST, "--episodes", "3", "--seed", seed]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] != said[2]
     assert tree(folder) == before
 
 
-def test_evaluate_plays_a_hundred_episodes_by_default(folder, capsys):
-    assert walker.main(["evaluate", LAST]) == 0
-    assert " over 100 episodes " in capsys.readouterr().out.splitlines()[-1]
-
-
 def test_evaluate_goes_to_another_environment_without_the_first_ones_arguments(folder, capsys):
-    gym.register(
-        "ShortPendulum-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=7
-    )
+    pendulum = "gymnasium.envs.classic_control:PendulumEnv"
+    gym.register("ShortPendulum-v0", pendulum, max_episode_steps=7)
     try:
-        argv = ["evaluate", LAST, "--episodes", "2", "--env", "ShortPendulum-v0"]
-        assert walker.main(argv) == 0
+        shorter = evaluate(capsys, "--episodes", "2", "--env", "ShortPendulum-v0")
     finally:
         del gym.registry["ShortPendulum-v0"]
-    assert capsys.readouterr().out.splitlines()[-1].endswith(", length 7")
-    assert walker.main(["evaluate", LAST, "--episodes", "2", "--env", TINY["env"]]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith(", length 10")
+    assert shorter[-1].endswith(", length 7")
+    assert evaluate(capsys, "--episodes", "2", "--env", "Pendulum-v1")[-1].endswith("length 10")
 
 
-@pytest.mark.parametrize(("seconds", "frames"), [(None, 10), ("0.1", 3), ("0.001", 1)])
-def test_evaluate_films_an_episode_named_after_its_checkpoint(seconds, frames, folder, capsys):
+def test_evaluate_films_an_episode_and_writes_its_data(folder, capsys):
     before = tree(folder)
-    argv = ["evaluate", "run/checkpoints_walker/best.pt", "--episodes", "2", "--record"]
-    argv += ["--out", "films"] + (["--seconds", seconds] if seconds else [])
-    assert walker.main(argv) == 0
-    new = set(tree(folder)) - set(before)
-    files = {f"films/videos/best.{suffix}" for suffix in ("mp4", "gif", "npz")}
-    assert new == {"films", "films/videos"} | files
-    film = iio.imread("films/videos/best.mp4")
-    assert film.shape == (frames, 500, 500, 3)  # what each step of an episode led to
+    evaluate(capsys, "--episodes", "2", "--record", "--out", "films")
+    new = {f"films/videos/last.{suffix}" for suffix in ("mp4", "gif", "npz")}
+    assert set(tree(folder)) - set(before) == {"films", "films/videos"} | new
+    film = imageio.imread("films/videos/last.mp4")
+    assert film.shape == (10, 500, 500, 3)  # what each step led to
     assert np.ptp(film) > 100
-    assert RESULT.fullmatch(capsys.readouterr().out.splitlines()[-1])
 
-
-def test_evaluate_shows_episodes_in_a_window_for_so_many_seconds(folder, capsys, monkeypatch):
-    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    shown = []
-    render = gym.make("Pendulum-v1").unwrapped.__class__.render
-
-    def count(env):
-        shown.append(env.render_mode)
-        return render(env)
-
-    monkeypatch.setattr("gymnasium.envs.classic_control.PendulumEnv.render", count)
-    argv = ["evaluate", LAST, "--episodes", "2", "--render", "--seconds", "0.1"]
-    assert walker.main(argv) == 0
-    assert set(shown) == {"human"}
-    assert len(shown) >= 3
-    assert RESULT.fullmatch(capsys.readouterr().out.splitlines()[-1])
-
-
-def test_evaluate_prints_the_same_numbers_as_json_where_asked(folder, capsys):
-    argv = ["evaluate", LAST, "--episodes", "3"]
-    said = []
-    for asked in ([], ["--json"]):
-        assert walker.main(argv + asked) == 0
-        said.append(capsys.readouterr().out.splitlines()[-1])
-    found = json.loads(said[1])
-    assert list(found) == ["mean", "std", "episodes", "min", "max", "length"]
-    rounded = [float(number) for number in RESULT.fullmatch(said[0]).groups()]
-    assert list(found.values()) == pytest.approx(rounded, abs=0.051)
-
-
-def test_evaluate_writes_the_data_of_the_episode_that_it_films(folder):
-    assert walker.main(["evaluate", LAST, "--episodes", "2", "--record", "--out", "films"]) == 0
-    learner = core.load_learner(LAST, None, 0, "cpu", "films")
-    [seed, _] = core.env_seeds(0, core.TEST, 2)
-    returns, _ = core.evaluate(learner.act, learner.config, [seed])
+    learner = core.load_learner(LAST, device="cpu")
+    returns, _ = core.evaluate_policy(learner.act, learner.config, core.env_seeds(0, core.TEST, 1))
     with np.load("films/videos/last.npz") as data:
         obs = data["observations"]
         assert obs.shape == (10, 3)
@@ -483,22 +329,35 @@ def test_evaluate_writes_the_data_of_the_episode_that_it_films(folder):
         np.testing.assert_allclose(data["values"], learner.value(obs), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(data["next_values"][:-1], data["values"][1:], atol=1e-5)
         np.testing.assert_allclose(data["rewards"].sum(), returns[0])
-        scale = np.sqrt(learner.reward_normalizer.var + 1e-8)
-        assert data["reward_scale"] == pytest.approx(float(scale)) != 1
+        scale = math.sqrt(learner.reward_normalizer.var + 1e-8)
+        assert data["reward_scale"] == pytest.approx(scale) != 1
         assert (data["dt"], data["gamma"]) == (1 / 30, 0.99)
         assert data["reward_clip"].tolist() == [-10, 10]
         assert "hull" not in data  # which is a BipedalWalker's
 
 
+@pytest.mark.slow
+def test_a_film_is_no_longer_than_its_seconds(folder, capsys):
+    evaluate(capsys, "--episodes", "1", "--record", "--seconds", "0.1")
+    assert len(imageio.imread("videos/last.mp4")) == 3
+
+
+def test_evaluate_shows_episodes_in_a_window_for_so_many_seconds(folder, capsys, monkeypatch):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    modes, classic = [], "gymnasium.envs.classic_control.PendulumEnv.render"
+    monkeypatch.setattr(classic, lambda env: modes.append(env.render_mode))
+    [line] = evaluate(capsys, "--episodes", "2", "--render", "--seconds", "0.1")
+    assert set(modes) == {"human"}
+    assert len(modes) >= 3
+    assert RESULT.fullmatch(line)
+
+
 def test_evaluate_compares_values_with_returns_in_a_picture_and_three_numbers(folder, capsys):
     before = set(tree(folder))
-    argv = ["evaluate", LAST, "--episodes", "12", "--analyze-value", "--out", "values"]
-    assert walker.main(argv) == 0
-    said = capsys.readouterr().out
-    assert re.search(
-        r"explained variance -?\d\.\d{3}, bias [+-]\d+\.\d{3}, RMSE \d+\.\d{3}\n", said
-    )
-    files = {f"values/plots/last_value.{suffix}" for suffix in ("png", "npz")}
-    assert set(tree(folder)) - before == {"values", "values/plots"} | files
+    lines = evaluate(capsys, "--episodes", "12", "--analyze-value", "--out", "values")
+    numbers = r"explained variance -?\d\.\d{3}, bias [+-]\d+\.\d{3}, RMSE \d+\.\d{3}"
+    assert re.search(numbers + "$", lines[-2])
+    new = {f"values/plots/last_value.{suffix}" for suffix in ("png", "npz")}
+    assert set(tree(folder)) - before == {"values", "values/plots"} | new
     with np.load("values/plots/last_value.npz") as data:
         assert np.bincount(data["episode"]).tolist() == [10] * 10

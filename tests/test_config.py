@@ -125,11 +125,11 @@ def test_a_file_of_settings_starts_from_the_preset_of_its_environment():
 
 
 @pytest.mark.parametrize(
-    ("settings", "flag"),
-    [({"gama": 0.9}, "--gama is 0.9"), ({"env": ["a"]}, "--env is ['a']"), ({3: 4}, "3")],
+    ("settings", "part"),
+    [({"gama": 0.9}, "--gama is 0.9"), ({"env": ["a"]}, "--env is ['a']"), ({3: 4}, "strings")],
 )
-def test_a_wrong_setting_in_a_file_is_refused_with_the_name_of_the_file(settings, flag):
+def test_a_wrong_setting_in_a_file_is_refused_with_the_name_of_the_file(settings, part):
     with pytest.raises(UserError) as caught:
         core.config_from(settings, "a.json")
     assert str(caught.value).startswith("a.json: ")
-    assert flag in str(caught.value)
+    assert part in str(caught.value)

@@ -11,26 +11,16 @@ from helpers import BATCH, flags, rows
 
 import walker_core as core
 
+pytestmark = pytest.mark.slow
 
-@pytest.fixture(scope="module")
-def killed_everywhere(trainings, tmp_path_factory) -> Campaign:
-    """One run, killed at every point of every writer, and resumed after each."""
-    campaign = Campaign(trainings, tmp_path_factory.mktemp("points"))
+
+def test_a_run_killed_at_every_point_of_every_writer_loses_no_row_and_no_file(trainings, tmp_path):
+    campaign = Campaign(trainings, tmp_path)
     campaign.run(POINTS)
-    return campaign
-
-
-def test_a_run_killed_at_every_point_of_every_writer_loses_no_row_and_no_file(killed_everywhere):
-    table = dict(killed_everywhere.table)
-    assert set(table) == {(fault.file, fault.moment) for fault in POINTS}
-    for name, counts in table.items():
-        counts = {what: n for what, n in counts.items() if n and what != "left over"}
-        assert counts == {"tried": 1, "killed": 1, "resumed": 1}, name
-    assert max(killed_everywhere.redone) <= 3  # last.pt is written every third iteration there
-
-
-def test_a_run_that_was_killed_everywhere_leaves_no_temporary_file(killed_everywhere):
-    assert killed_everywhere.total()["left over"] == 0
+    assert set(campaign.table) == {(fault.file, fault.moment) for fault in POINTS}
+    for name, counts in campaign.table.items():
+        assert +counts == {"tried": 1, "killed": 1, "resumed": 1}, name
+    assert max(campaign.redone) <= 3  # last.pt is written every third iteration there
 
 
 def test_a_run_killed_at_random_moments_loses_no_row_and_no_file(trainings, tmp_path):
@@ -38,8 +28,7 @@ def test_a_run_killed_at_random_moments_loses_no_row_and_no_file(trainings, tmp_
     campaign = Campaign(trainings, tmp_path)
     chance = random.Random(seed)
     campaign.run([chance.uniform(0, 2) for _ in range(4)])  # seconds; a whole run takes about two
-    counts = campaign.total()
-    wrong = {"failed", "lost", "repeated", "torn", "broken", "unfinished"} & set(+counts)
+    wrong = {"failed", "lost", "repeated", "torn", "broken", "unfinished"} & set(+campaign.total())
     assert not wrong, f"seed {seed}:\n{campaign}"
 
 
@@ -68,12 +57,3 @@ def test_a_best_that_is_newer_than_the_last_stays_until_a_better_one(trainings, 
     assert (out / core.BEST).read_bytes() == best
     assert trainings.run(out, "--resume", fault=before_last, scores=[4.9, 4.8, 6.0]) == -9
     assert checkpoint(out / core.BEST)["best_return"] == 6
-
-
-def test_the_temporary_file_of_a_best_that_never_came_is_removed(trainings, tmp_path):
-    out = tmp_path / "run"
-    fault = Fault("best.pt", "half written", 2)
-    assert trainings.run(out, *flags(**SETTINGS), fault=fault, scores=[5.0, 6.0]) == -9
-    assert trainings.run(out, "--resume", scores=[1.0] * 30) == 0
-    hidden = {path.name for path in out.rglob(".*")}
-    assert hidden <= {".lock"}

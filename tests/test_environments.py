@@ -190,6 +190,14 @@ def test_running_statistics_are_numpys_over_the_whole_stream(shape):
         np.testing.assert_allclose(stats.var.numpy(), seen.var(0), rtol=1e-9, atol=1e-12)
 
 
+def test_the_variance_of_a_constant_is_not_negative():
+    stats = core.RunningMeanStd((1,))
+    for count in (7, 8, 9):
+        stats.update(torch.full((count, 1), 123456.789))
+    assert stats.mean.item() == pytest.approx(123456.789)
+    assert 0 <= stats.var.item() < 1e-4
+
+
 def test_observations_are_scaled_and_clipped_at_both_sides_and_change_no_statistics():
     normalizer = core.ObservationNormalizer(core.Config(clip_obs=3.0), PAIR)
     raw = np.array([[0.5, -50.0]], np.float32)

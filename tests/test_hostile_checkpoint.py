@@ -201,18 +201,24 @@ def list_in_itself_many_times(state):
     nested = []
     for _ in range(60):
         nested = [nested, nested]
-    return {**state, "extra": nested}
+    return with_config(state, gamma=nested)
 
 
 def many_views_of_one_tensor(state):
     one = torch.zeros(100_000)
-    return {**state, "extra": [one[i:] for i in range(10_000)]}
+    return {**state, "agent": {f"more{i}": one[i:] for i in range(10_000)}}
+
+
+def moments_that_share_one_tensor(state):
+    one = torch.zeros(100_000)
+    moments = {i: {"exp_avg": one[i:]} for i in range(10_000)}
+    return {**state, "optimizer": {**state["optimizer"], "state": moments}}
 
 
 def endless_list(state):
     endless = []
     endless.append(endless)
-    return {**state, "extra": endless}
+    return with_config(state, gamma=endless)
 
 
 # runs a command with no more than so much memory than now; prints its code, seconds, and MiB
@@ -251,6 +257,7 @@ def check_cost(argv: list[str]):
         terabyte,
         list_in_itself_many_times,
         many_views_of_one_tensor,
+        moments_that_share_one_tensor,
         endless_list,
     ],
 )

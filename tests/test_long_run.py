@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from benchmarks.long_run import figures
 from helpers import BATCH, flags
 
 
+@pytest.mark.slow
 def test_memory_open_files_and_time_do_not_grow_with_the_iterations(trainings, tmp_path):
     samples = tmp_path / "samples.txt"
     hook = f"from benchmarks.long_run import sample\nsample({str(samples)!r})\n"

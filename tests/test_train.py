@@ -33,6 +33,7 @@ from helpers import (
 )
 from PIL import Image
 
+import viz
 import walker
 import walker_core as core
 
@@ -77,7 +78,7 @@ def counters_of(out: Path, name: str = core.LAST) -> dict:
 def test_two_runs_are_equal_to_the_bit_with_one_seed_and_differ_with_two(tmp_path):
     a, b, c = (tmp_path / name for name in "abc")
     for out, seed in ((a, 3), (b, 3), (c, 4)):
-        core.train(tiny(out, eval_every=64, seed=seed, **WALKER))
+        core.train(tiny(out, eval_every=2 * BATCH, total_timesteps=2 * BATCH, seed=seed, **WALKER))
         np.random.rand(5), torch.rand(5)  # where the generators stand must not matter
     assert without_clock(rows(a)) == without_clock(rows(b))
     for file in (core.LAST, core.BEST):
@@ -272,10 +273,12 @@ def resume(out: Path, *typed: str) -> list[dict[str, str]]:
     return rows(out)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_stopped_and_resumed_run_has_every_iteration_once(number, tmp_path, monkeypatch):
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    settings = {"total_timesteps": 7 * BATCH + 1, "eval_every": 3 * BATCH}
+    settings = {"total_timesteps": 7 * BATCH + 1, "eval_every": 5 * BATCH}
     stop_at(3, tmp_path, monkeypatch, number, **settings)
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     first, last = rows(tmp_path), core.load_checkpoint(tmp_path / core.LAST)
@@ -289,7 +292,7 @@ def test_a_stopped_and_resumed_run_has_every_iteration_once(number, tmp_path, mo
     assert column(tmp_path, "step") == [BATCH * i for i in range(1, 9)]
     assert column(tmp_path, "iteration") == list(range(1, 9))
     evaluated = [int(row["step"]) for row in both if row["eval_return_mean"]]
-    assert evaluated == [BATCH * i for i in (3, 6, 8)]
+    assert evaluated == [BATCH * i for i in (5, 8)]
     wall = column(tmp_path, "wall_s")
     assert wall[2] < 100 < 5000 < wall[3] < wall[-1] < 5100  # the clock goes on
     assert counters_of(tmp_path)["wall_s"] == pytest.approx(wall[-1], rel=1e-4)
@@ -494,8 +497,8 @@ def test_on_a_terminal_a_bar_shows_return_best_rate_and_time_left(tmp_path, monk
 
 def test_the_command_trains_films_plots_and_runs_again_from_its_config(tmp_path):
     out, again = tmp_path / "out", tmp_path / "again"
-    typed = "--total-timesteps 2000 --num-envs 8 --minibatch-size 512 --eval-episodes 3 --seed 5"
-    typed += " --env-kwargs max_episode_steps=60 --device cpu"
+    typed = "--total-timesteps 250 --num-envs 8 --rollout-steps 32 --minibatch-size 64 --seed 5"
+    typed += " --eval-episodes 3 --env-kwargs max_episode_steps=20 --device cpu"
     process = start(out, *typed.split())
     assert process.wait(120) == 0, (out / "err.txt").read_text()
     written = {name for name, data in tree(out).items() if data is not None}
@@ -506,8 +509,8 @@ def test_the_command_trains_films_plots_and_runs_again_from_its_config(tmp_path)
         *("out.txt", "err.txt"),
     }
     [row] = rows(out)
-    assert (row["step"], row["eval_episodes"]) == ("2048", "3")
-    assert counters_of(out, core.BEST)["step"] == 2048
+    assert (row["step"], row["eval_episodes"]) == ("256", "3")
+    assert counters_of(out, core.BEST)["step"] == 256
     assert (out / "err.txt").read_text() == ""
     assert (out / "out.txt").read_bytes().decode().replace("\n", "").isprintable()
 
@@ -516,7 +519,7 @@ def test_the_command_trains_films_plots_and_runs_again_from_its_config(tmp_path)
     assert (meta["codec"], meta["size"], meta["fps"]) == ("h264", (600, 400), 50)
     assert meta["pix_fmt"].startswith("yuv420p")  # as browsers need it
     pictures = [np.frombuffer(frame, np.uint8).reshape(400, 600, 3) for frame in frames]
-    assert 2 <= len(pictures) <= 61
+    assert 2 <= len(pictures) <= 20
     moved = [np.abs(a.astype(int) - b).max() > 50 for a, b in itertools.pairwise(pictures)]
     assert np.mean(moved) > 0.5
     with Image.open((out / core.FILM).with_suffix(".gif")) as gif:
@@ -601,7 +604,12 @@ class Mute(Unfinished):
         return None
 
 
-@pytest.mark.parametrize("env_class", [Blind, Unfinished, Mute])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "env_class", [Blind, pytest.param(Unfinished, marks=slow), pytest.param(Mute, marks=slow)]
+)
 def test_an_environment_that_cannot_render_is_skipped_with_one_line(
     env_class, tmp_path, monkeypatch, capsys, recwarn
 ):
@@ -622,6 +630,7 @@ def test_an_environment_that_cannot_render_is_skipped_with_one_line(
 def test_the_film_shows_the_best_policy_and_not_the_last(tmp_path, monkeypatch, judge):
     obs, filmed = np.ones((1, 3), np.float32), []
     monkeypatch.setattr(core, "export", EXPORT)
+    monkeypatch.setattr(viz, "plot_training_curves", lambda *args: None)
     monkeypatch.setattr(core, "record_episode", lambda learner, *_: filmed.append(learner.act(obs)))
     judge(1, 5, 3, 4)
     core.train(tiny(tmp_path, eval_every=BATCH, learning_rate=0.01))
