@@ -86,7 +86,10 @@ def failure(out: Path, capfd, **settings: Any) -> str:
 
 @BACKENDS
 @pytest.mark.parametrize("env", [FAULTY, DISCRETE])
-@pytest.mark.parametrize("fault", ["obs nan", "obs -inf", "reward nan", "reward inf"])
+@pytest.mark.parametrize(
+    "fault",
+    ["obs nan", "reward inf", *(pytest.param(f, marks=slow) for f in ("obs -inf", "reward nan"))],
+)
 def test_a_number_that_is_not_finite_is_named_with_its_environment_seed_and_step(
     fault, env, backend, tmp_path, capfd
 ):
@@ -180,7 +183,12 @@ def test_an_environment_that_fails_in_an_evaluation_is_named_with_its_seed(fault
 
 @pytest.mark.parametrize(
     ("fault", "at"),
-    [("hang -", 12), ("die -", 12), ("hang - in reset", 0), ("die - in reset", 0)],
+    [
+        pytest.param("hang -", 12, marks=slow),
+        ("die -", 12),
+        ("hang - in reset", 0),
+        pytest.param("die - in reset", 0, marks=slow),
+    ],
     ids=["hangs", "dies", "hangs in its first reset", "dies in its first reset"],
 )
 def test_a_worker_that_hangs_or_dies_ends_the_run_at_the_step_timeout(fault, at, tmp_path, capfd):
@@ -272,6 +280,7 @@ def test_actions_without_bounds_reach_the_environment_as_they_are(tmp_path, recw
     assert warned(recwarn) == []
 
 
+@slow
 @pytest.mark.parametrize("norm_obs", [True, False], ids=["normalized", "raw"])
 def test_observations_in_double_precision_learn_the_same(norm_obs, tmp_path):
     for bits in ("32", "64"):

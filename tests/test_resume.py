@@ -39,7 +39,7 @@ CASES = {
     "async": {"vector_env": "async"},
 }
 STOPS = [(case, ks) for case in CASES for ks in ((2,), (4,), (1, 3))]
-FAST = [("truncations", (1, 3)), ("terminations", (2,)), ("adaptive rate", (2,))]
+FAST = [("truncations", (1, 3)), ("adaptive rate", (2,))]
 SLOW = [pytest.param(*stop, marks=pytest.mark.slow) for stop in STOPS if stop not in FAST]
 
 
@@ -111,6 +111,7 @@ def test_a_resumed_run_equals_one_in_one_piece_to_the_bit(case, ks, tmp_path, mo
         assert without_clocks(one) == without_clocks(other)
 
 
+@pytest.mark.slow
 def test_a_resume_with_other_cadences_learns_the_same(tmp_path, monkeypatch):
     config = config_of(tmp_path / "a", {})
     train_in_one_piece(config, (2,), monkeypatch)

@@ -127,6 +127,7 @@ def test_a_cell_without_a_value_is_empty_and_every_other_is_a_finite_number(tmp_
     assert rows(tmp_path)[2]["length_mean"] == "40"
 
 
+@pytest.mark.slow
 def test_the_times_of_an_iteration_fit_into_the_clock(tmp_path):
     core.train(tiny(tmp_path, eval_every=2 * BATCH))
     wall = np.diff([0, *column(tmp_path, "wall_s")])
@@ -604,12 +605,8 @@ class Mute(Unfinished):
         return None
 
 
-slow = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    "env_class", [Blind, pytest.param(Unfinished, marks=slow), pytest.param(Mute, marks=slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("env_class", [Blind, Unfinished, Mute])
 def test_an_environment_that_cannot_render_is_skipped_with_one_line(
     env_class, tmp_path, monkeypatch, capsys, recwarn
 ):
