@@ -1084,17 +1084,11 @@ class Learner:
                     raise ValueError(f"{name} does not have the shape {tuple(shape)}")
 
 
-def own_tensors(tensors: dict, max_bytes: int) -> dict:
-    """Copies of a file's tensors, which may overlap in memory.
-
-    ValueError if they are larger than `max_bytes` or not finite.
-    """
-    fits = sum(tensor.nbytes for tensor in tensors.values()) <= max_bytes
-    floats = all(tensor.is_floating_point() for tensor in tensors.values())
-    if not (fits and floats and all(t.float().isfinite().all() for t in tensors.values())):
-        raise ValueError("a tensor is too large, no float, or not finite")
-    layout = torch.contiguous_format
-    return {name: t.detach().clone(memory_format=layout) for name, t in tensors.items()}
+def own_tensor(tensor: Tensor) -> Tensor:
+    """A copy of a file's tensor, which may overlap itself. ValueError if it is not finite."""
+    if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+        raise ValueError("a tensor is no float, or not finite")
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def read_archive(data: bytes) -> dict:
@@ -1110,10 +1104,13 @@ def read_archive(data: bytes) -> dict:
         if unpacked > len(data) or marked or archive.testzip() is not None:
             raise ValueError("a checksum or a header is wrong")
     state = torch.load(io.BytesIO(data), "cpu", weights_only=True)
-    for part in (*POLICY, "reward_normalizer"):
-        state[part] = own_tensors(state[part], len(data))
-    moments = state["optimizer"]["state"].items()
-    state["optimizer"]["state"] = {i: own_tensors(tensors, len(data)) for i, tensors in moments}
+    groups = [state[part] for part in (*POLICY, "reward_normalizer")]
+    groups += state["optimizer"]["state"].values()  # Adam's moments
+    if sum(tensor.nbytes for group in groups for tensor in group.values()) > len(data):
+        raise ValueError("the tensors are larger than the file")
+    for group in groups:
+        for name, tensor in group.items():
+            group[name] = own_tensor(tensor)
     return state
 
 

@@ -242,9 +242,9 @@ def test_init_from_takes_weights_and_observation_statistics_and_nothing_else(tra
     drawn = torch.rand(4)
     learner = core.prepare_learner(dataclasses.replace(config, init_from=str(trained)), None)
     assert torch.equal(torch.rand(4), drawn)  # the random stream of a fresh run
-    assert same(dict(learner.agent.state_dict()), state["agent"])
-    assert same(dict(learner.obs_normalizer.state_dict()), state["obs_normalizer"])
-    assert not same(dict(fresh.agent.state_dict()), state["agent"])
+    assert same(dict(learner.agent.state_dict()), dict(state["agent"]))
+    assert same(dict(learner.obs_normalizer.state_dict()), dict(state["obs_normalizer"]))
+    assert not same(dict(fresh.agent.state_dict()), dict(state["agent"]))
     assert learner.counters == core.Counters()
     assert learner.optimizer.state_dict()["state"] == {}
     assert learner.optimizer.param_groups[0]["lr"] == 0.5

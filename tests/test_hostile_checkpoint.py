@@ -364,13 +364,18 @@ CONFIG_VALUES = [
 ]  # fmt: skip
 
 
+def some_fast(cases: list) -> list:
+    """All cases as parameters; all but every eighth are slow."""
+    return [pytest.param(*case, marks=[slow] if i % 8 else []) for i, case in enumerate(cases)]
+
+
 def title(value: Any) -> str:
     if isinstance(value, tuple):
         return ".".join(map(str, value))
     return "changed" if callable(value) else "gone" if value is GONE else ascii(value)[:24]
 
 
-@pytest.mark.parametrize(("path", "value"), VALUES, ids=title)
+@pytest.mark.parametrize(("path", "value"), some_fast(VALUES), ids=title)
 def test_a_wrong_value_is_refused_before_training(path, value, state):
     change(state, path, value)
     torch.save(state, FILE)
@@ -380,7 +385,7 @@ def test_a_wrong_value_is_refused_before_training(path, value, state):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("path", "value"), CONFIG_VALUES, ids=title)
+@pytest.mark.parametrize(("path", "value"), some_fast(CONFIG_VALUES), ids=title)
 def test_a_part_that_every_command_reads_is_refused_by_each_in_one_line(path, value, state, capfd):
     change(state, path, value)
     torch.save(state, FILE)
