@@ -34,11 +34,13 @@ PANELS = (
     ("entropy", "action_std", "approx_kl", "clip_fraction"),
     ("learning_rate", "steps_per_s", "collect_s", "update_s"),
 )
+# A last row: the settings of the run that moved.
+MOVING = ("action_cost", "failure_cost", "entropy_coef", "desired_kl")
 X_AXES = {"step": ("environment steps", 1), "wall_s": ("wall-clock minutes", 60)}
 
 # What the .npz of an episode holds that is read here: for each step, or one number for all.
 GAIT_ARRAYS = ("rewards", "terminated", "hull", "joints", "knees", "contacts")
-VALUE_ARRAYS = ("values", "next_values", "episode", "rewards", "terminated")
+VALUE_ARRAYS = ("values", "next_values", "episode", "learned_rewards", "failed")
 VALUE_NUMBERS = ("gamma", "reward_scale", "reward_clip")
 
 # A BipedalWalker, in metres: a shin's length; the hull's corners and the hip, from its center.
@@ -59,7 +61,7 @@ def read_metrics(path):
     """Read a metrics file, which may belong to a run that is still training.
 
     Returns a dict of column name -> (rows,) float64 array, with NaN for an empty cell. A torn last
-    line (cells are missing, or the newline, so that the last cell may be cut short) is left out.
+    line, without its newline, is left out.
     Raises InputError, naming the file, if it cannot be read, has no column `step`, has a cell that
     is not a number or a line with too many or too few cells, or if `step` does not always increase.
     """
@@ -71,9 +73,8 @@ def read_metrics(path):
     names = header.split(",")
     if "step" not in names:
         raise InputError(f"{path}: no column 'step' in its first line, {header[:60]!r}")
-    rows = [line.split(",") for line in lines[:-1]]  # a line without its newline is torn
-    if rows and len(rows[-1]) < len(names):
-        rows.pop()
+    # a line without its newline is torn
+    rows = [line.split(",") for line in lines[:-1]]
     table = np.empty((len(rows), len(names)))
     for i, cells in enumerate(rows):
         where = f"{path}, line {i + 2}"
@@ -81,7 +82,7 @@ def read_metrics(path):
             raise InputError(f"{where}: {len(cells)} cells under {len(names)} names")
         try:
             table[i] = [float(cell or "nan") for cell in cells]
-        except ValueError as error:  # its message quotes the cell
+        except ValueError as error:
             raise InputError(f"{where}: {error}") from error
     metrics = dict(zip(names, table.T, strict=True))
     if not np.isfinite(metrics["step"]).all() or (np.diff(metrics["step"]) <= 0).any():
@@ -101,8 +102,6 @@ def read_config(metrics_path):
         return {}
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a JSON object: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: not a JSON object")
     return config
 
 
@@ -130,7 +129,8 @@ def load_run(metrics_path):
     """Read a metrics file and the config beside it. Raises InputError as the two readers do."""
     path, config = Path(metrics_path).resolve(), read_config(metrics_path)
     folder = path.parent.parent if path.parent.name == "checkpoints_walker" else path.parent
-    prefix = path.stem.removesuffix("metrics").rstrip("_")  # "pretrained" of pretrained_metrics.csv
+    # "pretrained" of pretrained_metrics.csv
+    prefix = path.stem.removesuffix("metrics").rstrip("_")
     seed = rf"[-_. ]?seed[-_ ]?\d+$|[-_]{config.get('seed')}$"
     name = re.sub(seed, "", prefix or folder.name) or folder.parent.name
     env = str(config.get("env", name)).split(":")[-1]
@@ -164,7 +164,8 @@ def smooth(values, weights=1.0):
     weights = np.where(known, weights, 0.0)
     totals = _reduce_windows(np.sum, weights)
     sums = _reduce_windows(np.sum, weights * np.where(known, values, 0.0))
-    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN
+    # 0 / 0 is NaN
+    with np.errstate(invalid="ignore"):
         return sums / totals
 
 
@@ -296,11 +297,12 @@ def realized_returns(data):
     """Discounted return from each step to the end of its episode: (steps,).
 
     `data` is what `plot_value` reads from an .npz. Rewards are scaled and clipped as in training.
-    If an episode was cut off, the value of its last observation stands for the rest of it.
+    If an episode did not fail, the value of its last observation stands for what would follow.
     """
     low, high = data["reward_clip"]
-    rewards = np.clip(data["rewards"] / data["reward_scale"], low, high)
-    following = np.where(data["terminated"], 0, data["next_values"])  # right at an episode's end
+    rewards = np.clip(data["learned_rewards"] / data["reward_scale"], low, high)
+    # right at an episode's end
+    following = np.where(data["failed"], 0, data["next_values"])
     returns = rewards + data["gamma"] * following
     for t in reversed(range(len(rewards) - 1)):
         if data["episode"][t] == data["episode"][t + 1]:
@@ -441,7 +443,9 @@ def plot_training_curves(metrics_path, png_path, threshold=None):
     """
     run = load_run(metrics_path)
     end = run.metrics["step"].max(initial=0)
-    figure, panels = _new_figure(10, PANELS, [2.4, 1, 1, 1])
+    moved = [name for name in MOVING if np.ptp(run.column(name)) > 0]
+    rows = [*PANELS, [*moved, *"..."][:4]] if moved else PANELS
+    figure, panels = _new_figure(2 + 2 * len(rows), rows, [2.4, 1, 1, 1, 1][: len(rows)])
     returns = panels.pop("returns")
     _set_axes(returns, end, 13, "environment steps", "return per episode")
     _draw_returns(returns, run, solved_threshold([run], threshold))
@@ -459,7 +463,8 @@ def plot_comparison(metrics_paths, png_path, threshold=None):
     some, else of training episodes. `threshold` and errors are as in `plot_training_curves`;
     ValueError too if there is no path.
     """
-    paths = dict.fromkeys(str(path) for path in metrics_paths)  # one given twice counts once
+    # one given twice counts once
+    paths = dict.fromkeys(str(path) for path in metrics_paths)
     runs = [load_run(path) for path in paths]
     evaluated = all(np.isfinite(run.column("eval_return_mean")).any() for run in runs)
     kind = "evaluation return" if evaluated else "training return"
@@ -541,7 +546,8 @@ def _new_figure(height, rows, heights=(1,)):
 
     A name that is repeated in a row stands for axes that span several columns.
     """
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+    # without pyplot: no display, no global state
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, height), dpi=160, layout="constrained", facecolor="white")
     style = {"frame_on": False, "axisbelow": True}

@@ -19,21 +19,22 @@ from walker_core import setting
 class Evaluation(core.Validated):
     """Test a checkpoint: deterministic policy, statistics frozen, raw returns."""
 
-    env: str | None = setting(None, "another environment to play in")
-    episodes: int = setting(100, "number of episodes", ge=1)
-    seed: int = setting(0, "source of the episodes' seeds", ge=0)
-    record: bool = setting(False, "film one as videos/NAME.mp4, .gif, .npz")
-    analyze_value: bool = setting(False, "plot ten as plots/NAME_value.png")
-    render: bool = setting(False, "show episodes in a window")
+    env: str | None = setting(None, "play in another environment")
+    episodes: int = setting(100, "how many episodes", ge=1)
+    seed: int = setting(0, "seed of the episodes", ge=0)
+    record: bool = setting(False, "film one, into videos/")
+    analyze_value: bool = setting(False, "plot ten, into plots/")
+    render: bool = setting(False, "show some in a window")
     seconds: float | None = setting(None, "limit of film or show", gt=0)
     json: bool = setting(False, "print the result as JSON")
     device: core.Device = setting("auto", "auto: cuda or cpu")
     out: str = setting(".", "folder for videos/ and plots/", min_length=1)
 
 
-def make_parser(defaults, usage: str) -> argparse.ArgumentParser:
+def make_parser(defaults, usage, description) -> argparse.ArgumentParser:
     """A flag for each field of `defaults`; the dataclass itself converts and checks the text."""
     parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, exit_on_error=False)
+    parser.description = description
     # the result holds only what was typed
     parser.argument_default = argparse.SUPPRESS
     # -1e9 is a number, not a flag
@@ -44,9 +45,9 @@ def make_parser(defaults, usage: str) -> argparse.ArgumentParser:
         options = {"metavar": "|".join(parts) if kind is typing.Literal else "VALUE"}
         if field.annotation is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        if kind is tuple:
-            # tuple[X, ...] or tuple[X, Y]
-            options["nargs"] = "*" if ... in parts else len(parts)
+        if kind is tuple or name in core.COURSES:
+            # tuple[X, ...], a setting that may move, or tuple[X, Y]
+            options["nargs"] = "*" if ... in parts or not parts else len(parts)
         meaning = f"{field.description} (default: {getattr(defaults, name)})"
         parser.add_argument(f"--{core.flag_name(name)}", help=meaning, **options)
     return parser
@@ -66,16 +67,16 @@ def parse_training(argv) -> tuple:
     """Train PPO, then film the best policy and plot the curves.
 
     A setting comes from, lowest first: the defaults, the preset of the environment, --config, the
-    resumed checkpoint, its flag. The defaults below are those of BipedalWalker-v3.
+    resumed checkpoint, its flag. The defaults below are those of BipedalWalker-v3. --desired-kl,
+    --failure-cost, --action-cost and --entropy-coef are VALUE; START END over the run; or START
+    END FROM TO while the mean training return goes from FROM to TO.
     """
-    usage = "walker.py [SETTINGS] or walker.py evaluate CHECKPOINT [OPTIONS]"
-    parser = make_parser(core.Config.for_env(), usage)
-    # what --help shows is the docstring
-    parser.description = parse_training.__doc__
+    usage = "walker.py [SETTINGS] or walker.py evaluate FILE [OPTIONS]"
+    parser = make_parser(core.Config.for_env(), usage, parse_training.__doc__)
     one = parser.add_mutually_exclusive_group()
-    meaning = "go on with a run, from FILE or the last.pt of --out"
+    meaning = "go on from FILE, or last.pt in --out"
     one.add_argument("--resume", nargs="?", const="", metavar="FILE", help=meaning)
-    one.add_argument("--overwrite", action="store_true", help="first remove the run in --out")
+    one.add_argument("--overwrite", action="store_true", help="remove the run in --out first")
     parser.add_argument("--config", metavar="FILE", help="settings of a config.json")
     typed = parse(parser, argv)
     resume, overwrite = typed.pop("resume", None), typed.pop("overwrite", False)
@@ -97,15 +98,14 @@ def parse_training(argv) -> tuple:
 
 def evaluate(argv) -> None:
     """Film, analyze or show a policy, where asked, then test it on new episodes."""
-    parser = make_parser(Evaluation(), "walker.py evaluate CHECKPOINT [OPTIONS]")
-    parser.description = Evaluation.__doc__
+    parser = make_parser(Evaluation(), "walker.py evaluate FILE [OPTIONS]", Evaluation.__doc__)
     parser.add_argument("checkpoint", nargs="?", help="a .pt file of a run")
     typed = parse(parser, argv)
     if "checkpoint" not in typed:
-        raise core.UserError("evaluate needs a CHECKPOINT")
+        raise core.UserError("evaluate needs a FILE, a checkpoint")
     checkpoint = typed.pop("checkpoint")
     test = Evaluation(**typed)
-    learner = core.load_learner(checkpoint, test.env, test.seed, test.device, test.out)
+    learner = core.load_learner(checkpoint, test.env, test.device)
     core.configure_torch(learner.agent)
     seeds = core.env_seeds(test.seed, core.TEST, test.episodes)
     videos, plots, name = Path(test.out, "videos"), Path(test.out, "plots"), Path(checkpoint).stem
@@ -114,7 +114,7 @@ def evaluate(argv) -> None:
         mp4, data = videos / f"{name}.mp4", videos / f"{name}.npz"
         steps = core.record_episode(learner, seeds[0], mp4, test.seconds, viz.gait_state)
         core.write_episode_data(learner, steps, data)
-        print(f"video: {mp4}, with its GIF and data")
+        print(f"video: {mp4}")
         if "hull" in steps[0]:
             viz.plot_gait(data, plots / f"{name}_gait.png")
     if test.analyze_value:
@@ -125,7 +125,8 @@ def evaluate(argv) -> None:
         print(viz.plot_value(data, data.with_suffix(".png")))
     if test.render:
         core.show(learner, seeds, test.seconds or 30.0)
-    returns, lengths = core.evaluate_policy(learner.act, learner.config, seeds)
+    with core.ProcessPoolExecutor(initializer=core.prepare_worker) as pool:
+        returns, lengths = core.evaluate_policy(learner.act, learner.config, seeds, pool)
     result = {"mean": returns.mean(), "std": returns.std(), "episodes": len(returns)}
     result.update(min=returns.min(), max=returns.max(), length=lengths.mean())
     line = "return {mean:.1f} ± {std:.1f} over {episodes} episodes"

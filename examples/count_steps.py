@@ -20,7 +20,7 @@ import walker_core as core
 ENV = "examples.passive_walker:PassiveWalker-v0"
 
 
-def walk(act: core.Act, config: core.Config, seed: int) -> tuple[int, float, bool]:
+def walk(act, config: core.Config, seed: int) -> tuple[int, float, bool]:
     """Steps, metres, and whether it fell."""
     with contextlib.closing(core.make_env(config)) as env:
         obs, _ = env.reset(seed=seed)
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         print("usage: count_steps.py CHECKPOINT", file=sys.stderr)
         return 2
     try:
-        learner = core.load_learner(argv[0], ENV, seed=0, device="cpu", out=".")
+        learner = core.load_learner(argv[0], ENV, device="cpu")
     except (core.UserError, OSError) as error:
         print(f"count_steps.py: {error}", file=sys.stderr)
         return 2

@@ -51,7 +51,7 @@ def export(checkpoint: str, onnx: str, env: str | None = None) -> None:
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if missing:
         raise core.UserError(f"an export needs `pip install {' '.join(missing)}`")
-    learner = core.load_learner(checkpoint, env, seed=0, device="cpu", out=".")
+    learner = core.load_learner(checkpoint, env, device="cpu")
     policy, space = Policy(learner).eval(), learner.env.observation_space
     obs = np.zeros((2, *space.shape), space.dtype)
     with torch.no_grad():

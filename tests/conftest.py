@@ -1,6 +1,7 @@
 """What every test has: one torch thread, and a way to leave out the film and the curves."""
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import walker_core as core
 
 torch.set_num_threads(1)  # with networks this small, two only fight for the cores
+gc.freeze()  # what is imported is no garbage, and is not looked through after each episode
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,13 @@ LEARNED = ("agent", "optimizer", "obs_normalizer", "reward_normalizer")
 def tiny(out: Path | str = ".", **changes: Any) -> core.Config:
     """A run of four iterations, a tenth of a second long; without evaluations."""
     return core.Config(**{**TINY, "out": str(out), **changes})
+
+
+class ThisProcess:
+    """A pool of workers for `core.evaluate_policy` that has none: this process plays itself."""
+
+    def map(self, task: Callable, seeds: Sequence[int]) -> Iterator:
+        return (task(seed) for seed in seeds)
 
 
 def train_without_pictures(config: core.Config) -> None:

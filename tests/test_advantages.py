@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import toy_envs
+from gymnasium.spaces import Box, Discrete
 
 import walker_core as core
 
@@ -103,8 +105,8 @@ def test_either_ending_stops_the_trace(ending):
 def collected(**settings):
     """The second rollout of a script with both endings: it begins with reset rows."""
     torch.manual_seed(0)
-    settings = {"gamma": 0.9, "gae_lambda": 0.7, "init_std": 2.0, **settings}
-    config = toy_envs.script_config((3, -4, 7, -7), **settings)
+    defaults = {"gamma": 0.9, "gae_lambda": 0.7, "init_std": 2.0, "norm_reward": False}
+    config = toy_envs.script_config((3, -4, 7, -7), **{**defaults, **settings})
     collection = toy_envs.Collection(config)
     collection.rollout()
     return collection, collection.rollout(), config
@@ -118,8 +120,8 @@ def slow_advantages(buffer, rewards, values, terminated, truncated) -> np.ndarra
 
 def test_a_batch_holds_the_valid_rows_and_their_advantages_with_mean_0_and_std_1():
     collection, buffer, config = collected()
-    valid, agent, rewards = buffer.valid, collection.learner.agent, 100 + buffer.rewards
-    batch = core.make_batch(buffer, agent, rewards, config)
+    valid, agent, rewards = buffer.valid, collection.learner.agent, buffer.rewards
+    batch = core.make_batch(buffer, agent, collection.learner.reward_normalizer, config)
     assert 0 < (~valid).sum() < valid.sum() == len(batch.obs)
     values = agent.value(buffer.obs).detach()
     raw = slow_advantages(buffer, rewards, values, buffer.terminated, buffer.truncated)
@@ -135,14 +137,47 @@ def test_a_batch_holds_the_valid_rows_and_their_advantages_with_mean_0_and_std_1
 def test_a_termination_that_pays_more_than_a_failure_is_bootstrapped_like_a_truncation():
     """By the reward as the environment gave it, whatever it was scaled to."""
     collection, buffer, config = collected()
-    agent, rewards = collection.learner.agent, buffer.rewards - 50
+    agent, scaled = collection.learner.agent, buffer.rewards - 50
+    normalizer = SimpleNamespace(normalize=lambda rewards, *_: rewards - 50)
     paid = buffer.rewards[buffer.terminated]
     failed = buffer.terminated & (buffer.rewards <= paid.min())
     assert paid.min() < paid.max()
     config = dataclasses.replace(config, failure_reward=float(paid.min()))
-    batch = core.make_batch(buffer, agent, rewards, config)
+    batch = core.make_batch(buffer, agent, normalizer, config)
     cut = buffer.truncated | (buffer.terminated & ~failed)
-    raw = slow_advantages(buffer, rewards, agent.value(buffer.obs).detach(), failed, cut)
+    raw = slow_advantages(buffer, scaled, agent.value(buffer.obs).detach(), failed, cut)
+    np.testing.assert_allclose(batch.returns, raw + batch.values.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_learned_is_the_reward_less_what_clipped_actions_and_failures_cost():
+    space = Box(np.float32([-1, -2]), np.float32([1, 0.5]))
+    actions = torch.tensor([[0.5, -0.25], [3, -3], [0, 0], [-9, 9], [1, 1]])
+    rewards = torch.tensor([1.0, -100.0, -100.0, -99.5, -150.0])
+    terminated = torch.tensor([False, True, False, True, True])  # of the second, not of the third
+    given = rewards, actions, terminated, space
+    costs = {"failure_reward": -100, "failure_cost": 5, "action_cost": 0.5}
+    learned, failed = core.learned_rewards(*given, core.Config(**costs))
+    spent = [0.375, 1.5, 0.0, 0.75, 0.75]
+    assert learned.tolist() == [1 - 0.375, -500 - 1.5, -100, -99.5 - 0.75, -750 - 0.75]
+    assert failed.tolist() == [False, True, False, False, True]
+    learned, failed = core.learned_rewards(*given, core.Config(action_cost=0.5))
+    assert learned.tolist() == (rewards - torch.tensor(spent)).tolist()
+    assert failed.tolist() == terminated.tolist()  # without a limit, each is one
+    numbers = torch.tensor([0.0, 2.0, 1.0, 1.0, 0.0])
+    learned, _ = core.learned_rewards(rewards, numbers, terminated, Discrete(3), core.Config())
+    assert learned.tolist() == rewards.tolist()
+
+
+def test_a_batch_is_made_of_what_is_learned():
+    costs = {"action_cost": 0.25, "failure_cost": 3.0}
+    collection, buffer, config = collected(**costs)
+    agent, learned = collection.learner.agent, buffer.rewards.clone()
+    for t, i in np.ndindex(7, 4):
+        learned[t, i] *= 3 if buffer.terminated[t, i] else 1
+        learned[t, i] -= 0.25 * sum(min(abs(float(a)), 1) for a in buffer.actions[t, i])
+    batch = core.make_batch(buffer, agent, collection.learner.reward_normalizer, config)
+    values = agent.value(buffer.obs).detach()
+    raw = slow_advantages(buffer, learned, values, buffer.terminated, buffer.truncated)
     np.testing.assert_allclose(batch.returns, raw + batch.values.numpy(), rtol=1e-5, atol=1e-5)
 
 
@@ -153,22 +188,26 @@ def test_a_fall_of_the_walker_is_the_failure_of_its_preset():
     assert last["rewards"] == config.failure_reward == -100
 
 
-def test_what_stands_on_reset_rows_changes_nothing_in_the_batch():
-    collection, buffer, config = collected()
-    running, normalizer = collection.buffer.discounted_return, collection.learner.reward_normalizer
-    batches = []
+def test_what_stands_on_reset_rows_changes_nothing_in_the_batch_not_even_an_action_that_costs():
+    collection, buffer, config = collected(norm_reward=True, action_cost=0.5)
+    running, batches = collection.buffer.discounted_return, []
     for poison in (0.0, 1e30):
-        poisoned, statistics = copy.deepcopy(buffer), copy.deepcopy(normalizer)
+        poisoned = copy.deepcopy(buffer)
+        poisoned.discounted_return = running.clone()
+        normalizer = copy.deepcopy(collection.learner.reward_normalizer)
         for tensor in (poisoned.actions, poisoned.logprobs, poisoned.rewards):
             tensor[~buffer.valid] = poison
-        rewards = statistics.normalize(poisoned.rewards, poisoned.valid, running.clone())
-        batches.append(core.make_batch(poisoned, collection.learner.agent, rewards, config))
-    for name, clean, poisoned in zip(core.Batch._fields, *batches, strict=True):
-        assert torch.equal(clean, poisoned), name
+        batch = core.make_batch(poisoned, collection.learner.agent, normalizer, config)
+        batches.append({**batch._asdict(), **normalizer.state_dict()})
+        batches[-1]["running"] = poisoned.discounted_return
+    for name, clean in batches[0].items():
+        assert torch.equal(clean, batches[1][name]), name
+    assert batches[0]["running"].any()
 
 
 def test_a_rollout_of_equal_advantages_gives_zeros_and_not_nan():
     collection, buffer, config = collected(gamma=0.0)
     torch.nn.init.zeros_(collection.learner.agent.critic[-1].weight)
-    batch = core.make_batch(buffer, collection.learner.agent, torch.ones(7, 4), config)
+    ones = SimpleNamespace(normalize=lambda rewards, *_: torch.ones_like(rewards))
+    batch = core.make_batch(buffer, collection.learner.agent, ones, config)
     assert not batch.advantages.any()

@@ -17,7 +17,8 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from helpers import BATCH, flags, rows, tiny, train_without_pictures, tree, warned
+import toy_envs  # noqa: F401
+from helpers import BATCH, ThisProcess, flags, rows, tiny, train_without_pictures, tree, warned
 
 import walker
 import walker_core as core
@@ -25,7 +26,7 @@ from walker_core import Config
 
 FIELDS = {name: field.annotation for name, field in Config.__pydantic_fields__.items()}
 RESUMABLE = {  # what --resume may change: nothing that the learner sees
-    "total_timesteps", "device", "compile", "vector_env", "step_timeout", "out", "eval_every",
+    "total_timesteps", "device", "vector_env", "step_timeout", "out", "eval_every",
     "eval_episodes", "checkpoint_every", "record_every", "tensorboard", "stop_when_solved",
 }  # fmt: skip
 LAST = f"run/{core.LAST}"
@@ -48,6 +49,8 @@ def another(name: str):
         return value + 1
     if kind in (float, float | None):
         return value / 2 if value else 0.125
+    if name in core.COURSES:
+        return (0.25, 0.0, -50.0, 300.0)
     if name in ("actor_hidden", "critic_hidden"):
         return (16, 8)
     return {"clip_reward": (-1000.0, 3.0), "env_kwargs": ("g=9.81", "render_fps=9")}.get(name, "x")
@@ -114,6 +117,9 @@ def test_numbers_may_be_negative_scientific_or_joined_and_the_last_flag_counts()
     assert typed("--clip-reward -.5 2").clip_reward == (-0.5, 2)
     assert typed("--failure-reward -1e9 --gamma=0.5 --gamma 5e-1").failure_reward == -1e9
     assert typed("--gamma=0.5 --gamma 6e-1").gamma == 0.6
+    moving = typed("--entropy-coef 6e-3 0 -150 280 --failure-cost 1 5 --desired-kl .02")
+    assert moving.entropy_coef == (0.006, 0, -150, 280)
+    assert (moving.failure_cost, moving.desired_kl) == ((1, 5), 0.02)
 
 
 def test_each_source_of_settings_beats_the_ones_below_it(tmp_path, monkeypatch):
@@ -200,6 +206,8 @@ WRONG = [  # a command, and what its message names; TRAINING is cheap, if it is 
     (f"{TRAINING} --num-envs many", "--num-envs", "'many'", "integer"),
     (f"{TRAINING} --gamma 1.1", "--gamma", "'1.1'", "1"),
     (f"{TRAINING} --minibatch-size 33", "--minibatch-size", "33", "= 32"),
+    (f"{TRAINING} --entropy-coef 0.006 0 5", "--entropy-coef", "'5'", "START END FROM TO"),
+    (f"{TRAINING} --action-cost 1 --env CartPole-v1 --env-kwargs", "--action-cost", "CartPole-v1"),
     (f"{TRAINING} --device tpu", "--device", "'tpu'", "'auto', 'cpu', 'cuda' or 'mps'"),
     pytest.param((f"{TRAINING} --device cuda", "--device cuda", "--device cpu"), marks=NO_CUDA),
     (f"{TRAINING} --env Nosuch-v0", "--env Nosuch-v0"),
@@ -219,7 +227,7 @@ WRONG = [  # a command, and what its message names; TRAINING is cheap, if it is 
     (f"--resume {LAST} --out copy", "copy/checkpoints_walker", "--out"),
     (f"{TRAINING} --out run --overwrite --init-from foreign.pt", "foreign.pt"),
     (f"{TRAINING} --out run --overwrite --init-from {LAST} --actor-hidden 5", LAST, "not fit"),
-    ("evaluate", "CHECKPOINT"),
+    ("evaluate", "FILE"),
     ("evaluate nosuch.pt", "nosuch.pt"),
     (f"evaluate {LAST} --episode 3", "--episode", "--episodes?"),
     (f"evaluate {LAST} --episodes 0", "--episodes", "'0'", "1"),
@@ -287,9 +295,8 @@ def test_evaluate_prints_the_numbers_of_its_episodes_and_writes_nothing(folder, 
     assert evaluate(capsys, *five[:-1], "4")[-1] != line
 
     learner = core.load_learner(LAST, device="cpu")
-    returns, lengths = core.evaluate_policy(
-        learner.act, learner.config, core.env_seeds(3, core.TEST, 5)
-    )
+    seeds = core.env_seeds(3, core.TEST, 5)
+    returns, lengths = core.evaluate_policy(learner.act, learner.config, seeds, ThisProcess())
     expected = [returns.mean(), returns.std(), 5, returns.min(), returns.max(), lengths.mean()]
     found = json.loads(evaluate(capsys, *five, "--json")[-1])
     assert list(found) == ["mean", "std", "episodes", "min", "max", "length"]
@@ -321,7 +328,8 @@ def test_evaluate_films_an_episode_and_writes_its_data(folder, capsys):
     assert np.ptp(film) > 100
 
     learner = core.load_learner(LAST, device="cpu")
-    returns, _ = core.evaluate_policy(learner.act, learner.config, core.env_seeds(0, core.TEST, 1))
+    seeds = core.env_seeds(0, core.TEST, 1)
+    returns, _ = core.evaluate_policy(learner.act, learner.config, seeds, ThisProcess())
     with np.load("films/videos/last.npz") as data:
         obs = data["observations"]
         assert obs.shape == (10, 3)
@@ -334,6 +342,20 @@ def test_evaluate_films_an_episode_and_writes_its_data(folder, capsys):
         assert (data["dt"], data["gamma"]) == (1 / 30, 0.99)
         assert data["reward_clip"].tolist() == [-10, 10]
         assert "hull" not in data  # which is a BipedalWalker's
+
+
+def test_the_data_of_episodes_tells_what_would_be_learned_from_them_at_this_point(tmp_path):
+    moving = {"action_cost": (0.0, 1.0), "failure_cost": (1.0, 9.0, -100.0, 100.0)}
+    learner = core.Learner(tiny(env="Toy/Falls-v0", env_kwargs=(), total_timesteps=1000, **moving))
+    learner.counters.step, learner.counters.training_return = 500, 0.0
+    steps = [step for _, step in core.play(learner.act, learner.config, [1, 2])]
+    core.write_episode_data(learner, steps, tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as data:
+        paid = data["rewards"] * np.where(data["terminated"], 3, 1)
+        expected = paid - 0.5 * np.abs(data["actions"][:, 0])
+        np.testing.assert_allclose(data["learned_rewards"], expected, rtol=1e-6)
+        assert np.array_equal(data["failed"], data["terminated"])
+        assert data["failed"].sum() == 2
 
 
 @pytest.mark.slow

@@ -21,13 +21,15 @@ WRONG = {  # field: a value just outside its limits, and what would be right
     "num_envs": (100_001, "100000"), "rollout_steps": (1, "2"), "step_timeout": (0.0, "0"),
     "clip_obs": (0.0, "0"), "clip_reward": ((1.0, -1.0), "LOW < HIGH"),
     "actor_hidden": ((64, 2**40), "4096"), "critic_hidden": ((), "1"), "init_std": (11.0, "10"),
-    "learning_rate": (0.0, "0"), "value_learning_rate": (0.0, "0"), "desired_kl": (0.0, "0"),
+    "learning_rate": (0.0, "0"), "value_learning_rate": (0.0, "0"),
+    "desired_kl": (-0.1, "VALUE, START END, or START END FROM TO, and not negative"),
+    "failure_cost": ((1.0, 5.0, 250.0, 250.0), "FROM TO"), "action_cost": ((1, 2, 3), "START END"),
     "gamma": (1.1, "1"), "gae_lambda": (-0.1, "0"), "clip_eps": (0.0, "0"),
     "clip_value_eps": (0.0, "0"), "failure_reward": (math.inf, "finite"),
-    "entropy_coef": (-0.1, "0"), "value_coef": (-0.5, "0"), "max_grad_norm": (0.0, "0"),
-    "update_epochs": (0, "1"), "minibatch_size": (1, "2"), "target_kl": (0.0, "0"),
-    "eval_every": (-1, "0"), "eval_episodes": (0, "1"), "checkpoint_every": (-1, "0"),
-    "record_every": (-1, "0"),
+    "entropy_coef": ((0.1, -0.1), "negative"), "value_coef": (-0.5, "0"),
+    "max_grad_norm": (0.0, "0"), "update_epochs": (0, "1"), "minibatch_size": (1, "2"),
+    "target_kl": (0.0, "0"), "eval_every": (-1, "0"), "eval_episodes": (0, "1"),
+    "checkpoint_every": (-1, "0"), "record_every": (-1, "0"),
 }  # fmt: skip
 WRONG |= {name: ("maybe", "boolean") for name, kind in FIELDS.items() if kind is bool}
 WRONG |= {
@@ -57,10 +59,11 @@ def test_a_value_outside_its_limits_is_refused_with_flag_value_and_limit(name):
 
 
 def test_no_number_may_be_infinite_or_nan():
-    for name in FLOATS:
+    for name in [*FLOATS, *core.COURSES]:
         for value in (math.nan, math.inf, -math.inf):
             assert f"is {value!r}: " in message(**{name: value})
     assert "finite" in message(clip_reward=(-math.inf, 1.0))
+    assert "FROM TO" in message(entropy_coef=(0.1, 0.0, -math.inf, 1.0))
 
 
 def test_a_minibatch_larger_than_the_batch_is_refused():
@@ -91,13 +94,55 @@ def test_a_preset_is_valid_and_holds_only_what_differs_from_the_defaults(env):
         assert value != getattr(defaults, name), f"{name} is the default: leave it out"
 
 
-def test_a_run_has_as_many_iterations_and_minibatches_as_its_sizes_need():
+def test_an_epoch_has_as_many_minibatches_as_its_sizes_need():
     config = Config(num_envs=4, rollout_steps=25, minibatch_size=7)
-    totals = {1: 1, 99: 1, 100: 1, 101: 2, 200: 2, 1001: 11}
-    for total, iterations in totals.items():
-        assert dataclasses.replace(config, total_timesteps=total).num_iterations == iterations
     assert config.batch_size == 100
     assert config.num_minibatches == 14  # 100 // 7: near-equal parts, none tiny
+
+
+# ---- settings that move --------------------------------------------------------------------------
+
+
+def test_a_setting_that_may_move_is_a_value_or_two_ends_or_those_and_a_window_of_returns():
+    right = {0.5: 0.5, "5e-1": 0.5, (3,): 3.0, ("1", 5): (1.0, 5.0), (5, 0): (5.0, 0.0)}
+    right[0.3, 0, -100, 250] = (0.3, 0.0, -100.0, 250.0)
+    for name in core.COURSES:
+        for value, held in right.items():
+            assert getattr(Config(**{name: value}), name) == held
+        for wrong in ((), (1, 2, 3), (1, 2, 3, 4, 5), (1, 2, 5, 4), (1, -2), "fast", None):
+            assert message(**{name: wrong}).startswith(f"--{core.flag_name(name)} is {wrong!r}: ")
+
+
+def test_over_the_run_a_setting_goes_from_start_to_end_with_the_step_and_stays_there():
+    """By equal factors between positive numbers, by equal differences to or from zero."""
+    config = Config(total_timesteps=1000, desired_kl=(0.01, 0.04), entropy_coef=(4.0, 0.0))
+    expected = {0: (0.01, 4), 250: (0.01 * 2**0.5, 3), 500: (0.02, 2), 750: (0.02 * 2**0.5, 1)}
+    expected |= {1000: (0.04, 0), 1100: (0.04, 0)}
+    for step, values in expected.items():
+        for training_return in (-math.inf, -1e9, 0.0, 1e9):
+            now = config.at(step, training_return)
+            assert (now.desired_kl, now.entropy_coef) == pytest.approx(values)
+            same = {"desired_kl": config.desired_kl, "entropy_coef": config.entropy_coef}
+            assert dataclasses.replace(now, **same) == config  # and no other has changed
+
+
+def test_with_a_window_a_setting_goes_from_start_to_end_with_the_training_return():
+    """It is at its start before any episode has ended, and goes back when the return does."""
+    config = Config(failure_cost=(1.0, 16.0, -100.0, 300.0), action_cost=(0.3, 0.0, 0.0, 100.0))
+    expected = {300: (16, 0), 1e4: (16, 0), 0: (2, 0.3), 50: (2**1.5, 0.15), 200: (8, 0)}
+    expected |= {-100: (1, 0.3), -1e4: (1, 0.3), -math.inf: (1, 0.3)}
+    for training_return, values in expected.items():
+        for step in (0, 10**6, 10**9):
+            now = config.at(step, training_return)
+            assert (now.failure_cost, now.action_cost) == pytest.approx(values)
+
+
+def test_what_does_not_move_is_as_it_was():
+    config = Config(desired_kl=0.02, failure_cost=3.0, action_cost=0.3, entropy_coef=0.01)
+    assert config.at(5000, -math.inf) == config.at(0, 1e3) == config
+
+
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def test_env_kwargs_are_literals_where_they_parse_else_strings():
@@ -109,7 +154,8 @@ def test_env_kwargs_are_literals_where_they_parse_else_strings():
 
 
 def test_settings_come_back_equal_through_json_but_for_the_folder_they_lie_in():
-    config = tiny("somewhere", clip_reward=(-5.0, 2.5), target_kl=0.02, layer_norm=True)
+    moving = {"failure_cost": (1.0, 5.0, -2.0, 9.0), "desired_kl": (0.1, 0.0)}
+    config = tiny("somewhere", clip_reward=(-5.0, 2.5), target_kl=0.02, **moving)
     settings = core.saved_settings(config)
     assert set(settings) == set(FIELDS) - {"out"}
     settings["_about"] = {"reward_threshold": 300}  # for readers: no setting

@@ -123,6 +123,7 @@ def test_a_space_that_ppo_cannot_use_is_refused(name):
         ({"env": "NoSuch-v9"}, "NoSuch-v9"),
         ({"env": "no_such_module:X-v0"}, "no_such_module"),
         ({"env_kwargs": ("no_such=1",)}, "no_such"),
+        ({"env": "CartPole-v1", "action_cost": (0.0, 0.3)}, "--action-cost"),
     ],
 )
 def test_an_environment_that_cannot_be_made_is_one_line_that_names_it(settings, named):

@@ -4,12 +4,16 @@ import copy
 import gc
 import itertools
 import random
+import signal
+from concurrent.futures import CancelledError, ProcessPoolExecutor
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import toy_envs
+from helpers import ThisProcess
 
 import walker_core as core
 
@@ -17,9 +21,21 @@ FALLS = core.Config(env="Toy/Falls-v0")
 SEEDS = core.env_seeds(3, core.TEST, 40)
 
 
+def still(obs: np.ndarray) -> np.ndarray:
+    return np.zeros((len(obs), 4), np.float32)
+
+
+def stroll(obs: np.ndarray) -> np.ndarray:
+    return np.clip(4 * obs[:, 5:9] - 1, -1, 1)
+
+
 def lean(obs: np.ndarray) -> np.ndarray:
-    """A policy whose answer to an observation does not depend, to the bit, on its neighbours."""
-    return np.clip(obs[:, 1:2] / 8, -0.25, 0.25)
+    """Actions that tell how many observations were given at once."""
+    return np.clip(obs[:, 1:2] / 8, -0.25, 0.25) / len(obs)
+
+
+def workers(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, initializer=core.prepare_worker)
 
 
 def alone(env_id: str, act, seed: int) -> tuple[float, int]:
@@ -33,33 +49,58 @@ def alone(env_id: str, act, seed: int) -> tuple[float, int]:
     return total, length
 
 
-@pytest.mark.parametrize("together", [1, 7, 100])
-def test_every_episode_counts_once_and_is_that_of_its_own_seed_however_many_step_together(together):
-    stepped = []
-
-    def act(obs):
-        stepped.append(len(obs))
-        return lean(obs)
-
-    found = core.evaluate_policy(act, FALLS, SEEDS, together)
-    assert list(zip(*found, strict=True)) == [alone(FALLS.env, lean, seed) for seed in SEEDS]
-    assert sum(stepped) == found[1].sum()  # no other episode was begun
-    assert max(stepped) == min(together, 40)
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_every_episode_counts_once_and_is_that_of_its_own_seed_however_many_processes_play(
+    processes,
+):
+    """To the bit, and in the order of the seeds: each observation is the only one of its batch."""
+    torch.manual_seed(0)
+    learner = core.Learner(FALLS)
+    learner.obs_normalizer.update(torch.randn(9, 3))
+    with torch.no_grad():
+        learner.agent.actor[-1].weight.mul_(20)
+    with workers(processes) as pool:
+        for act in (lean, learner.act):
+            found = core.evaluate_policy(act, FALLS, SEEDS[:20], pool)
+            assert list(zip(*found, strict=True)) == [alone(FALLS.env, act, s) for s in SEEDS[:20]]
     assert len(set(found[1])) > 10  # so that the first to finish would be others
 
 
+def test_a_worker_that_dies_is_one_line():
+    config = core.Config(env="Toy/Faulty-v0", env_kwargs=("fault='die -'", f"seed={SEEDS[1]}"))
+    with workers(2) as pool, pytest.raises(core.TrainingError) as caught:
+        core.evaluate_policy(still, config, SEEDS[:4], pool)
+    assert str(caught.value).startswith("a worker process failed: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_signal_cancels_the_episodes_that_are_left():
+    stop, played = SimpleNamespace(received=None), []
+
+    class Pool(ThisProcess):
+        def map(self, task, seeds):
+            try:
+                for seed in seeds:
+                    played.append(seed)
+                    stop.received = signal.SIGTERM if len(played) == 3 else None
+                    yield task(seed)
+            finally:
+                played.append("closed")
+
+    with pytest.raises(CancelledError):
+        core.evaluate_policy(lean, FALLS, SEEDS, Pool(), stop)
+    assert played == [*SEEDS[:3], "closed"]
+
+
 def test_the_time_limit_ends_an_episode_and_the_return_is_raw():
-    config = core.Config(env="Toy/Reach-v0", gamma=0.5, clip_reward=(-0.1, 0.1))
-    returns, lengths = core.evaluate_policy(lambda obs: 0 * obs, config, SEEDS)
-    assert (returns.tolist(), lengths.tolist()) == ([-10.0] * 40, [10] * 40)
+    config = core.Config(env="Toy/Reach-v0", gamma=0.5, clip_reward=(-0.1, 0.1), action_cost=9)
+    returns, lengths = core.evaluate_policy(still, config, SEEDS[:3], ThisProcess())
+    assert (returns.tolist(), lengths.tolist()) == ([-10.0] * 3, [10] * 3)
 
 
 def test_a_real_walkers_episode_is_that_of_its_seed_whoever_walked_before_it():
-    def act(obs):
-        return np.clip(4 * obs[:, 5:9] - 1, -1, 1)
-
-    found = core.evaluate_policy(act, core.Config(), SEEDS[:5], together=3)
-    expected = [alone("BipedalWalker-v3", act, seed) for seed in SEEDS[:5]]
+    found = core.evaluate_policy(stroll, core.Config(), SEEDS[:4], ThisProcess())
+    expected = [alone("BipedalWalker-v3", stroll, seed) for seed in SEEDS[:4]]
     assert list(zip(*found, strict=True)) == expected
 
 
@@ -74,15 +115,10 @@ def trained(**settings) -> toy_envs.Collection:
 
 
 def test_the_policy_is_its_mean_action_by_frozen_statistics_clipped_to_the_space():
-    learner, seen = trained().learner, []
-
-    def act(obs):
-        seen.append(obs)
-        return learner.act(obs)
-
-    core.evaluate_policy(act, learner.config, [7], together=1)
+    learner = trained().learner
     stats, clipped = learner.obs_normalizer, 0
-    for before, after in itertools.pairwise(seen):
+    for _, step in core.play(learner.act, learner.config, [7]):
+        before, after = (step[name][None] for name in ("observations", "next_observations"))
         scaled = (before - stats.mean.numpy()) / np.sqrt(stats.var.numpy() + 1e-8)
         scaled = torch.from_numpy(np.clip(scaled, -10, 10)).float()
         mean = learner.agent.mean_action(scaled).detach().numpy()
@@ -99,7 +135,7 @@ def test_evaluation_touches_neither_the_learner_nor_a_generator_nor_the_next_rol
         before = copy.deepcopy([getattr(learner, name).state_dict() for name in core.LEARNED])
         generators = torch.get_rng_state(), np.random.get_state(), random.getstate()
         if evaluates:
-            core.evaluate_policy(learner.act, learner.config, SEEDS[:5])
+            core.evaluate_policy(learner.act, learner.config, SEEDS[:4], ThisProcess())
         after = [getattr(learner, name).state_dict() for name in core.LEARNED]
         assert repr(before) == repr(after)
         assert repr((torch.get_rng_state(), np.random.get_state(), random.getstate())) == repr(
@@ -119,7 +155,7 @@ def test_an_evaluation_leaves_no_worlds_behind():
     config = core.Config(env_kwargs=("max_episode_steps=3",))
     before = walkers()
     gc.disable()
-    core.evaluate_policy(lambda obs: np.zeros((len(obs), 4), np.float32), config, SEEDS[:20])
+    core.evaluate_policy(still, config, SEEDS[:4], ThisProcess())
     left = walkers()
     gc.enable()
     assert left <= before + 1  # the last one may still be in use

@@ -58,7 +58,8 @@ def is_finite(value: Any) -> bool:
         return all(map(is_finite, value.values()))
     if isinstance(value, list | tuple):
         return all(map(is_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+    # -inf: a return that there is not yet
+    return not isinstance(value, float) or math.isfinite(value) or value == -math.inf
 
 
 def last_iteration(out: Path) -> int:
@@ -90,13 +91,13 @@ def failure(out: Path, capfd, **settings: Any) -> str:
     "fault",
     ["obs nan", "reward inf", *(pytest.param(f, marks=slow) for f in ("obs -inf", "reward nan"))],
 )
-def test_a_number_that_is_not_finite_is_named_with_its_environment_seed_and_step(
+def test_a_number_that_is_not_finite_is_named_with_its_environment_and_seed(
     fault, env, backend, tmp_path, capfd
 ):
     settings = {**faulty(fault, SEEDS[2], at=20), "env": env, "vector_env": backend}
     message = failure(tmp_path, capfd, **settings, eval_every=BATCH)
     # its first episode is cut after 8 steps, the second has 10: the 20th is in the third rollout
-    assert f"environment 2, first reset with seed {SEEDS[2]}, step 2: " in message
+    assert f"environment 2, first reset with seed {SEEDS[2]}: " in message
     assert fault.split()[0] in message
     assert "not finite" in message
     assert [row["step"] for row in rows(tmp_path)] == ["32", "64"]
@@ -113,6 +114,23 @@ def test_an_observation_of_a_reset_that_is_not_finite_is_named(env, at, tmp_path
     assert "observation is not finite" in message
     if at:
         assert last_iteration(tmp_path) <= 1
+
+
+@pytest.mark.parametrize("what", ["observation", "reward"])
+def test_numbers_of_environments_that_nobody_looks_at_alone_are_looked_at_together(
+    what, monkeypatch
+):
+    collection = toy_envs.Collection(toy_envs.script_config((3,)))
+    step = collection.envs.step
+
+    def spoiled(actions):
+        obs, rewards, *rest = step(actions)
+        (obs if what == "observation" else rewards)[2] = math.inf
+        return obs, rewards, *rest
+
+    monkeypatch.setattr(collection.envs, "step", spoiled)  # as EnvPool's may be
+    with pytest.raises(core.TrainingError, match=f"environments: its {what} is not finite"):
+        collection.rollout()
 
 
 def poison(what: str, monkeypatch):
@@ -171,12 +189,14 @@ def test_an_environment_that_raises_is_named_with_its_seed_and_error(
         assert [row["step"] for row in rows(tmp_path)] == ["32", "64", "96", "128"]
 
 
-@pytest.mark.parametrize("fault", ["raise -", "reward nan", "obs nan"])
+@pytest.mark.parametrize("fault", ["raise -", "reward nan", "obs nan", "die -"])
 def test_an_environment_that_fails_in_an_evaluation_is_named_with_its_seed(fault, tmp_path, capfd):
+    """Unless it takes the process that plays along: then nobody knows which it was."""
     seed = core.env_seeds(1, core.EVALUATE, 2)[1]
     message = failure(tmp_path, capfd, **faulty(fault, seed, at=4), eval_every=2 * BATCH)
-    assert f"environment, first reset with seed {seed}: " in message
-    assert fault.split()[0].replace("raise", "RuntimeError") in message
+    named = f"environment, first reset with seed {seed}: "
+    assert ("a worker process failed: " if fault == "die -" else named) in message
+    assert fault.split()[0].replace("raise", "RuntimeError").replace("die", "process") in message
     assert last_iteration(tmp_path) <= 2
     assert not (tmp_path / core.BEST).exists()
 

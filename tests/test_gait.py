@@ -228,11 +228,11 @@ def test_an_episode_may_be_short(tmp_path, steps):
 # ---------------------------------------------------------------------------------------- values
 
 
-# Two episodes of two steps; the first terminated, the second was cut where the value is 6.
+# Two episodes of two steps; the first failed, the second was cut where the value is 6.
 VALUES = {
     "gamma": 0.5, "reward_scale": 2.0, "reward_clip": (-10.0, 10.0),
-    "episode": [0, 0, 1, 1], "rewards": [2.0, 4.0, 2.0, -100.0],
-    "terminated": [False, True, False, False], "next_values": [9.0, 9.0, 9.0, 6.0],
+    "episode": [0, 0, 1, 1], "learned_rewards": [2.0, 4.0, 2.0, -100.0],
+    "failed": [False, True, False, False], "next_values": [9.0, 9.0, 9.0, 6.0],
     "values": [3.0, 2.0, -2.5, -6.0],
 }  # fmt: skip
 
@@ -256,7 +256,7 @@ def test_a_perfect_value_function_explains_everything_and_of_a_constant_there_is
     npz = write(tmp_path / "v.npz", VALUES | {"values": [2.0, 2.0, -2.5, -7.0]})
     assert "variance 1.000" in viz.plot_value(npz, tmp_path / "v.png")
     assert imageio.imread(tmp_path / "v.png").shape[:2] == (832, 1760)
-    write(npz, VALUES | {"rewards": np.zeros(4), "next_values": np.zeros(4)})
+    write(npz, VALUES | {"learned_rewards": np.zeros(4), "next_values": np.zeros(4)})
     assert "variance nan" in viz.plot_value(npz, tmp_path / "v.png")
 
 
@@ -299,7 +299,7 @@ def test_a_file_that_is_no_episode_is_refused_in_one_line_that_names_it(tmp_path
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     """150 steps of the shipped policy: their file, the steps, and the feet, (steps, 2, 2)."""
-    learner = core.load_learner("checkpoints_walker/pretrained_default.pt", device="cpu")
+    learner = core.load_learner("checkpoints_walker/pretrained.pt", device="cpu")
     steps, feet = [], []
     for env, step in core.play(learner.act, learner.config, [3]):
         steps.append(step | viz.gait_state(env))

@@ -10,7 +10,6 @@ import random
 import struct
 import subprocess
 import sys
-import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -30,7 +29,6 @@ slow = pytest.mark.slow
 FILE = "hostile.pt"
 EVALUATE = ["evaluate", FILE, "--episodes", "1"]
 RESUME = ["--resume", FILE, "--out", "new", "--total-timesteps", "160"]
-MOMENT = ("optimizer", "state", 0, "exp_avg")
 
 
 @pytest.fixture(scope="module")
@@ -182,37 +180,8 @@ def with_config(state: dict[str, Any], **settings: Any) -> dict[str, Any]:
     return {**state, "config": {**state["config"], **settings}}
 
 
-def deep_network(state):
-    return with_config(state, actor_hidden=[4096] * 400)
-
-
-def wide_network_of_expanded_weights(state):
-    one, agent = torch.zeros(1), dict(state["agent"])
-    for name, shape in {"0.weight": (4096, 3), "2.weight": (4096, 4096)}.items():
-        agent[f"actor.{name}"] = one.expand(shape)
-    return {**with_config(state, actor_hidden=[4096, 4096]), "agent": agent}
-
-
 def terabyte(state):
     return {**state, "extra": Bytes()}
-
-
-def list_in_itself_many_times(state):
-    nested = []
-    for _ in range(60):
-        nested = [nested, nested]
-    return with_config(state, gamma=nested)
-
-
-def many_views_of_one_tensor(state):
-    one = torch.zeros(100_000)
-    return {**state, "agent": {f"more{i}": one[i:] for i in range(10_000)}}
-
-
-def moments_that_share_one_tensor(state):
-    one = torch.zeros(100_000)
-    moments = {i: {"exp_avg": one[i:]} for i in range(10_000)}
-    return {**state, "optimizer": {**state["optimizer"], "state": moments}}
 
 
 def endless_list(state):
@@ -249,18 +218,7 @@ def check_cost(argv: list[str]):
 
 @slow
 @pytest.mark.parametrize("argv", [EVALUATE, RESUME], ids=["evaluate", "resume"])
-@pytest.mark.parametrize(
-    "forge",
-    [
-        deep_network,
-        wide_network_of_expanded_weights,
-        terabyte,
-        list_in_itself_many_times,
-        many_views_of_one_tensor,
-        moments_that_share_one_tensor,
-        endless_list,
-    ],
-)
+@pytest.mark.parametrize("forge", [terabyte, endless_list])
 def test_no_forged_checkpoint_costs_memory_or_time(forge, argv, state):
     torch.save(forge(state), FILE)
     check_cost(argv)
@@ -272,33 +230,9 @@ def test_an_archive_that_unpacks_to_more_than_it_is_costs_no_memory(honest, stat
     check_cost(RESUME)
 
 
-@pytest.mark.parametrize("field", ["actor_hidden", "critic_hidden"])
-def test_a_network_larger_than_the_file_is_refused_before_it_is_built(
-    field, state, capfd, monkeypatch
-):
-    torch.save(with_config(state, **{field: [4096] * 400}), FILE)
-    assert Path(FILE).stat().st_size < 20_000
-    built = []
-    monkeypatch.setattr(core, "orthogonal", lambda layer, *_: built.append(layer) or layer)
-    began = time.process_time()
-    for argv in (EVALUATE, RESUME):
-        assert refuses(argv, capfd)
-    assert time.process_time() - began < 2
-    assert built == []
-
-
 # ---- values --------------------------------------------------------------------------------------
 
 GONE = object()
-NAN, INF = math.nan, math.inf
-
-
-def expanded(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(1).expand(tensor.shape)
-
-
-def transposed(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.t().contiguous().t()
 
 
 def change(state: dict[str, Any], path: tuple, value: Any):
@@ -311,50 +245,22 @@ def change(state: dict[str, Any], path: tuple, value: Any):
         state[path[-1]] = value(state[path[-1]]) if callable(value) else value
 
 
-@pytest.mark.parametrize("layout", [expanded, transposed])
-def test_moments_are_loaded_into_memory_of_their_own(layout, state):
-    """Fused Adam writes a moment as one row of memory: with strides of 0, over what is behind."""
-    for moments in state["optimizer"]["state"].values():
-        for name in ("exp_avg", "exp_avg_sq"):
-            if layout is expanded or moments[name].ndim == 2:
-                moments[name] = layout(moments[name])
-    torch.save(state, FILE)
-    learner = core.prepare_learner(tiny(eval_every=64), FILE)
-    expected = {}
-    for parameter, moments in learner.optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            moment = moments[name]
-            assert moment.shape == parameter.shape
-            assert moment.is_contiguous()
-            assert moment.untyped_storage().nbytes() == 4 * moment.numel()
-        expected[parameter] = 0.9 * moments["exp_avg"] + 0.1
-        parameter.grad = torch.ones_like(parameter)
-    storages = [m["exp_avg"].untyped_storage().data_ptr() for m in learner.optimizer.state.values()]
-    assert len(set(storages)) == len(storages)
-    learner.optimizer.step()
-    for parameter, moments in learner.optimizer.state.items():
-        torch.testing.assert_close(moments["exp_avg"], expected[parameter])
-    core.train(tiny("new", total_timesteps=160, eval_every=64), FILE)
-
-
 VALUES = [
     *((path, value)
       for path in (("agent", "actor.0.weight"), ("obs_normalizer", "var"),
-                   ("reward_normalizer", "mean"), MOMENT, (*MOMENT[:3], "step"))
-      for value in (GONE, "x", None, torch.zeros(7, 7), torch.tensor(NAN), torch.tensor(INF))),
+                   ("reward_normalizer", "mean"))
+      for value in (GONE, "x", None, torch.zeros(7, 7))),
     (("agent",), {}), (("agent", "more"), torch.zeros(1)), (("agent", 3), torch.zeros(1)),
-    (MOMENT, lambda t: t.to_sparse()), (MOMENT, lambda t: t.to("meta")),
-    (MOMENT[:3], {}), (MOMENT[:3], "x"), (MOMENT[:2], "x"), (MOMENT[:2], GONE),
-    (("optimizer", "state", 99), {"step": torch.zeros(())}),
+    (("optimizer",), GONE), (("optimizer",), "x"), (("optimizer", "state", 0), "x"),
+    (("optimizer", "state"), "x"), (("optimizer", "state"), GONE),
     (("optimizer", "param_groups"), "x"), (("optimizer", "param_groups"), GONE),
-    (("optimizer", "param_groups", 0, "lr"), "x"),
-    (("optimizer", "param_groups", 0, "lr"), torch.zeros(3)),
-    (("counters", "step"), "x"), (("counters", "step"), -3), (("counters", "wall_s"), NAN),
-    (("counters", "more"), 1), (("counters", 3), 1),
+    (("counters", "step"), "x"), (("counters", "step"), -3), (("counters", "wall_s"), math.nan),
+    (("counters", 3), 1),
 ]  # fmt: skip
 CONFIG_VALUES = [
-    *(((part,), value) for part in ("config", "counters", *core.LEARNED) for value in (GONE, "x")),
-    (("format",), torch.zeros(3)), (("format",), "x\ny\x1b[31m"), (("version",), GONE),
+    *(((part,), value) for part in ("config", "counters", *core.POLICY, "reward_normalizer")
+      for value in (GONE, "x")),
+    (("format",), "x\ny\x1b[31m"), (("version",), GONE),
     (("config",), {3: 1}), (("config", "gama"), 0.9), (("config", "gamma"), "x"),
     (("config", "learning_rate"), torch.zeros(3)), (("config", "num_envs"), 10**9),
     (("config", "actor_hidden"), [5]), (("config", "layer_norm"), True),
@@ -391,21 +297,3 @@ def test_a_part_that_every_command_reads_is_refused_by_each_in_one_line(path, va
     torch.save(state, FILE)
     for argv in (EVALUATE, RESUME):
         assert refuses(argv, capfd)
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [(MOMENT, torch.zeros(7, 7)), (MOMENT, GONE), (("agent", "raw_std"), torch.tensor([NAN]))],
-    ids=["shape", "missing", "not finite"],
-)
-def test_a_checkpoint_that_does_not_fit_is_code_2(path, value, state, capfd):
-    change(state, path, value)
-    torch.save(state, FILE)
-    assert refuses(RESUME, capfd)
-
-
-def test_a_checkpoint_does_not_decide_where_its_run_is_written(state):
-    torch.save(with_config(state, out="elsewhere"), FILE)
-    assert walker.main(["--resume", FILE, "--total-timesteps", "160"]) == 0
-    assert Path(core.LAST).exists()
-    assert not Path("elsewhere").exists()

@@ -5,6 +5,7 @@ As a script, started by torchrun: a training whose process of rank 1 is killed t
 
 import contextlib
 import copy
+import math
 import multiprocessing
 import os
 import signal
@@ -31,6 +32,10 @@ SHARED = (  # metrics of all rows
 )
 T, N = 12, 8  # of the rollout that two processes share, 4 environments each
 ROWS = ((5, 2), (1, 30), (17, 0))  # that each rank sees before each update of statistics
+EPISODES = (  # return and length of those that end in each of four iterations of a rank
+    [[], [(1.0, 9), (2.0, 4)], [(5.0, 1)], []],
+    [[], [(6.0, 7)], [], [(-3.0, 2)]],
+)
 STOP_AT = 2  # the iteration in which rank 1 alone gets a SIGTERM
 
 
@@ -73,8 +78,7 @@ def learn(envs: slice) -> dict[str, Any]:
     rollout.logprobs, rollout.rewards = logprobs[:, envs], (rewards * valid)[:, envs]
     rollout.terminated, rollout.truncated = endings[:, :, envs]
     rollout.valid = valid[:, envs]
-    scaled = normalizer.normalize(rollout.rewards, rollout.valid, rollout.discounted_return)
-    batch = core.make_batch(rollout, agent, scaled, config)
+    batch = core.make_batch(rollout, agent, normalizer, config)
     metrics = core.update(agent, learner.optimizer, batch, config)
     return {
         "advantages": batch.advantages,
@@ -98,6 +102,14 @@ def merge(rank: int) -> list[torch.Tensor]:
         statistics.update(torch.as_tensor(batch))
         after.append(torch.stack([statistics.mean, statistics.var, statistics.count.expand(2)]))
     return after
+
+
+def average(rank: int) -> list[float]:
+    """The running mean of returns after each iteration."""
+    after = [-math.inf]
+    for episodes in EPISODES[rank]:
+        after.append(core.average_return(after[-1], episodes))
+    return after[1:]
 
 
 def train(rank: int, out: Path) -> dict[str, Any]:
@@ -147,6 +159,7 @@ def work(rank: int, folder: Path) -> None:
         "any": [core.any_process(flag) for flag in (False, rank == 0, rank == 1, True)],
         "learn": learn(slice(N // RANKS * rank, N // RANKS * (rank + 1))),
         "merge": merge(rank),
+        "average": average(rank),
         "train": train(rank, folder / "run"),
     }
     torch.save(found, folder / f"{rank}.pt")
@@ -210,6 +223,13 @@ def test_running_statistics_are_numpys_over_all_that_all_processes_saw(ranks):
         for found in ranks:
             np.testing.assert_allclose(found["merge"][k].numpy(), expected, rtol=1e-12)
         assert torch.equal(ranks[0]["merge"][k], ranks[1]["merge"][k])
+
+
+@pytest.mark.slow
+def test_the_running_return_is_of_the_episodes_of_all_processes(ranks):
+    expected = [-math.inf, 3.0, 5 + 0.98 * (3 - 5)]
+    expected.append(-3 + 0.98 * (expected[-1] + 3))
+    assert ranks[0]["average"] == ranks[1]["average"] == pytest.approx(expected)
 
 
 @pytest.mark.slow

@@ -51,11 +51,11 @@ def test_the_readme_is_at_most_150_lines_and_1600_words_and_starts_with_the_comm
 @pytest.mark.parametrize("arguments", sorted(set(walker_arguments(README + RECORDS))))
 def test_every_command_of_the_documents_parses(arguments, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "checkpoints_walker", tmp_path / "checkpoints_walker")
-    shutil.copy(ROOT / "checkpoints_walker/pretrained_default.pt", tmp_path / core.LAST)
+    shutil.copy(ROOT / "checkpoints_walker/pretrained.pt", tmp_path / core.LAST)
     monkeypatch.chdir(tmp_path)
     words = shlex.split(arguments)
     if words[:1] == ["evaluate"]:
-        parser = walker.make_parser(walker.Evaluation(), "evaluate")
+        parser = walker.make_parser(walker.Evaluation(), "evaluate", "")
         parser.add_argument("checkpoint")
         typed = walker.parse(parser, words[1:])
         assert typed.pop("checkpoint").endswith((".pt", "FILE"))

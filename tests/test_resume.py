@@ -31,6 +31,13 @@ CASES = {
     "truncations": {},  # Pendulum's, every 10 steps: a rollout of 16 ends within an episode
     "terminations": {"env": "Toy/Falls-v0", "env_kwargs": ()},  # after 1 to 40 steps
     "adaptive rate": ADAPTIVE,
+    "moving by the return": {
+        **ADAPTIVE,
+        "desired_kl": (1e-2, 0.0),
+        "entropy_coef": (0.1, 0.0, -100.0, 0.0),
+        "action_cost": (0.0, 1.0, -100.0, 0.0),
+        "failure_cost": (1.0, 9.0, -80.0, -60.0),
+    },
     "cosine, LayerNorm, two clips": {
         **{"lr_schedule": "cosine", "layer_norm": True, "clip_obs": 1.5, "clip_reward": (-1, 2)},
         **{"target_kl": 1e-3, "entropy_coef": 0.01},
@@ -38,13 +45,14 @@ CASES = {
     "nothing normalized": {"norm_obs": False, "norm_reward": False, "lr_schedule": "constant"},
     "async": {"vector_env": "async"},
 }
-STOPS = [(case, ks) for case in CASES for ks in ((2,), (4,), (1, 3))]
-FAST = [("truncations", (1, 3)), ("adaptive rate", (2,))]
+# not in the third iteration, whose evaluation a signal would cancel
+STOPS = [(case, ks) for case in CASES for ks in ((2,), (4,), (1, 4))]
+FAST = [("truncations", (1, 4)), ("moving by the return", (2,))]
 SLOW = [pytest.param(*stop, marks=pytest.mark.slow) for stop in STOPS if stop not in FAST]
 
 
 def config_of(out: Path, case: dict[str, Any]) -> core.Config:
-    settings = {"total_timesteps": ITERATIONS * BATCH, "eval_every": 2 * BATCH, "seed": 3}
+    settings = {"total_timesteps": ITERATIONS * BATCH, "eval_every": 3 * BATCH, "seed": 3}
     return tiny(out, **settings, **case)
 
 
@@ -193,7 +201,7 @@ def test_an_iteration_writes_its_row_then_best_then_last(tmp_path, monkeypatch):
     monkeypatch.setattr(core.Learner, "save", noted_save)
     scores = iter([1.0, 2.0])
     monkeypatch.setattr(
-        core, "evaluate_policy", lambda act, config, seeds: (np.full(2, next(scores)), seeds)
+        core, "evaluate_policy", lambda act, config, seeds, **_: (np.full(2, next(scores)), seeds)
     )
     core.train(tiny(tmp_path, total_timesteps=2 * BATCH, eval_every=BATCH))
     first = [core.LAST, "row 1", core.BEST, core.LAST]

@@ -52,7 +52,8 @@ def test_validity_rewards_and_both_endings_are_those_of_the_environment(lengths)
 
 @every_script
 def test_returns_and_lengths_of_episodes_are_raw_and_go_on_across_rollouts(lengths):
-    config = toy_envs.script_config(lengths, norm_obs=True, gamma=0.9)
+    costs = {"action_cost": 1.0, "failure_cost": 5.0}  # only what is learned from counts them
+    config = toy_envs.script_config(lengths, norm_obs=True, gamma=0.9, **costs)
     _, _, episodes = collect(config, 8)
     rows = expected_rows(lengths, 8)
     for rollout, found in enumerate(episodes):

@@ -168,13 +168,20 @@ def test_a_second_signal_leaves_at_once(second, trainings, tmp_path):
     check_whole_and_resumable(out, trainings)
 
 
-def test_a_signal_in_an_evaluation_lets_it_end_and_keeps_its_best(trainings, tmp_path):
+def test_a_signal_in_an_evaluation_ends_it_soon(trainings, tmp_path):
+    """Without a result, and without the minute that its 400 episodes would take."""
     out, number = tmp_path / "run", signal.SIGTERM
-    child = held(out, trainings, "evaluate_policy", 0.5, **ENDLESS)
+    hook = "play = core.play\ndef slow(*args, **how):\n    core.time.sleep(0.3)\n"
+    hook += "    print('an episode', flush=True)\n    yield from play(*args, **how)\n"
+    typed = flags(out, **ENDLESS, eval_episodes=400)
+    child = trainings.start(out, *typed, hook=f"{hook}core.play = slow\n{NO_PICTURES}")
+    until(lambda: says(out).count("an episode") >= 4)
+    began = time.monotonic()
     os.kill(child, number)
     assert trainings.wait() == 128 + number
-    assert [row["eval_return_mean"] != "" for row in rows(out)] == [False, True]
-    assert checkpoint(out / core.BEST)["step"] == checkpoint(out / core.LAST)["step"] == 2 * BATCH
+    assert time.monotonic() - began < 10
+    assert [row["eval_return_mean"] for row in rows(out)] == ["", ""]
+    assert not (out / core.BEST).exists()
     check_whole_and_resumable(out, trainings)
 
 

@@ -11,6 +11,7 @@ the median of five iterations, in µs per environment step and in % of the itera
 from __future__ import annotations
 
 import collections
+import math
 import statistics
 import sys
 import time
@@ -138,17 +139,14 @@ def main() -> None:
 
 def iteration(learner: core.Learner, envs: Any, rollout: core.Rollout, seeds: list[int]) -> dict:
     """Seconds of each part of one iteration."""
-    config, agent = learner.config, learner.agent
+    config, agent = learner.config.at(0, -math.inf), learner.agent
     part, began = dict.fromkeys(("collect",), 0.0), time.perf_counter()
     core.collect_rollout(envs, agent, learner.obs_normalizer, rollout)
     part["collect"] = time.perf_counter() - began
     collected = dict(spent)
 
     began = time.perf_counter()
-    rewards = learner.reward_normalizer.normalize(
-        rollout.rewards, rollout.valid, rollout.discounted_return
-    )
-    batch = core.make_batch(rollout, agent, rewards, config)
+    batch = core.make_batch(rollout, agent, learner.reward_normalizer, config)
     part["advantages"] = time.perf_counter() - began
     spent.clear()
     time_calls(agent, "value", "forward: value")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,10 @@ def main() -> None:
     parser.add_argument("--env", help="on this environment, not the checkpoint's own")
     options = parser.parse_args()
     for checkpoint in options.checkpoints:
-        learner = core.load_learner(checkpoint, options.env, 0, "cpu", ".")
+        learner = core.load_learner(checkpoint, options.env, "cpu")
         seeds = core.env_seeds(0, core.TEST, options.episodes)
-        on_gymnasium, _ = core.evaluate_policy(learner.act, learner.config, seeds)
+        with ProcessPoolExecutor(initializer=core.prepare_worker) as pool:
+            on_gymnasium, _ = core.evaluate_policy(learner.act, learner.config, seeds, pool)
         for name, returns in (
             ("Gymnasium", on_gymnasium),
             ("EnvPool", returns_on_envpool(learner, seeds)),
