@@ -443,7 +443,7 @@ def plot_training_curves(metrics_path, png_path, threshold=None):
     """
     run = load_run(metrics_path)
     end = run.metrics["step"].max(initial=0)
-    moved = [name for name in MOVING if np.ptp(run.column(name)) > 0]
+    moved = [name for name in MOVING if np.unique(run.column(name)).size > 1]
     rows = [*PANELS, [*moved, *"..."][:4]] if moved else PANELS
     figure, panels = _new_figure(2 + 2 * len(rows), rows, [2.4, 1, 1, 1, 1][: len(rows)])
     returns = panels.pop("returns")

@@ -1192,8 +1192,9 @@ def load_learner(checkpoint, env: str | None = None, device: str = "auto") -> Le
     """
     state = load_checkpoint(checkpoint, env)
     config = config_from(state["config"], checkpoint)
-    kwargs = config.env_kwargs if env in (None, config.env) else ()
-    changes = {"device": device, "env": env or config.env, "env_kwargs": kwargs}
+    changes = {"device": device}
+    if env is not None and env != config.env:
+        changes.update(env=env, env_kwargs=())
     learner = Learner(dataclasses.replace(config, **changes))
     learner.load(state, checkpoint, (*POLICY, "reward_normalizer"))
     return learner
@@ -1284,8 +1285,8 @@ class RunLog(contextlib.ExitStack):
 
     def row(self, values: dict, best_return):
         """Append a row; a column without a value stays empty. Show how far the run is."""
-        known = {name: value for name, value in values.items() if value != -math.inf}
-        cells = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in known.items()}
+        values = {name: value for name, value in values.items() if value != -math.inf}
+        cells = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
         with reraise_as(TrainingError, f"{self.path} cannot be written", OSError):
             with open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n").writerow(cells)

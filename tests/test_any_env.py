@@ -11,7 +11,7 @@ import pytest
 import torch
 import toy_envs
 from gymnasium.spaces import Box, Discrete
-from helpers import flags, rows
+from helpers import ThisProcess, flags, rows
 from torch import nn
 
 import walker
@@ -199,5 +199,5 @@ def test_what_is_shown_is_learned(env, tmp_path):
     core.train(core.Config(out=str(tmp_path), **settings))
     learner = core.load_learner(tmp_path / core.LAST, device="cpu")
     seeds = core.env_seeds(1, core.TEST, 10)
-    returns, _ = core.evaluate_policy(learner.act, learner.config, seeds)
+    returns, _ = core.evaluate_policy(learner.act, learner.config, seeds, ThisProcess())
     assert returns.mean() > 11  # of 12; 4 by chance

@@ -270,6 +270,7 @@ NEEDS_PROC = pytest.mark.skipif(not Path("/proc").exists(), reason="finds proces
 def test_no_worker_is_left_when_the_main_process_is_killed_not_even_one_that_hangs(tmp_path):
     settings = faulty("hang -", SEEDS[1], 12)
     settings.pop("num_envs")
+    settings["eval_every"] = BATCH  # there are workers for evaluations too
     assert exit_code_after(os.kill, signal.SIGKILL, tmp_path, **settings) == -9
 
 

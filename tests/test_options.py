@@ -102,7 +102,9 @@ def test_clipped_values_pay_for_the_worse_of_where_they_are_and_where_they_may_g
 @pytest.mark.slow
 def test_tensorboard_has_the_numbers_of_the_csv_and_a_resume_goes_on(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert walker.main(flags(tmp_path, eval_every=2 * BATCH, tensorboard=True)) == 0
+    kwargs = ("max_episode_steps=40",)  # at first, no episode has ended
+    typed = flags(tmp_path, env_kwargs=kwargs, eval_every=2 * BATCH, tensorboard=True)
+    assert walker.main(typed) == 0
     argv = ["--resume", "--out", str(tmp_path), "--total-timesteps", str(6 * BATCH)]
     assert walker.main(argv) == 0
     events = accumulator.EventAccumulator(str(tmp_path / core.TENSORBOARD)).Reload()

@@ -15,7 +15,7 @@ import viz
 
 PANELS = [name for names in viz.PANELS[1:] for name in names]
 HEADER = ["step", "wall_s", "episodes", "return_mean", "return_min", "return_max"]
-HEADER += ["eval_return_mean", "eval_return_std", *PANELS]
+HEADER += ["eval_return_mean", "eval_return_std", *PANELS, *viz.MOVING]
 
 
 def row(i, **cells):
@@ -212,6 +212,20 @@ def test_the_curves_show_the_numbers_of_the_file(tmp_path, saved):
     np.testing.assert_array_equal(line(large, "training").get_ydata(), np.arange(1, 41) - 100)
     drawn = {axes.get_title("left"): set(axes.get_lines()[0].get_ydata()) for axes in small}
     assert drawn == {name.replace("_", " "): {value} for name, value in values.items()}
+
+
+def test_the_settings_that_moved_have_panels_in_a_last_row_and_no_other_has(tmp_path, saved):
+    costs = [{"failure_cost": i, "entropy_coef": 1 / i} for i in range(1, 41)]
+    rows = [row(i, **moved, action_cost=None) for i, moved in enumerate(costs)]
+    for file, written in (("moved", rows), ("still", [row(i) for i in range(9)])):
+        viz.plot_training_curves(write_run(tmp_path / file / "metrics.csv", written), "x.png")
+    figure, still = (picture[0] for picture in saved)
+    drawn = {axes.get_title("left"): axes.get_lines()[0].get_ydata() for axes in figure.axes[1:]}
+    assert list(drawn)[len(PANELS) :] == ["failure cost", "entropy coef"]
+    np.testing.assert_array_equal(drawn["failure cost"], np.arange(1, 41))
+    np.testing.assert_allclose(drawn["entropy coef"], 1 / np.arange(1, 41))
+    assert len(still.axes) == 1 + len(PANELS)
+    assert (figure.get_figheight(), still.get_figheight()) == (12, 10)
 
 
 def test_the_threshold_is_the_configs_unless_given_and_a_star_marks_where_it_is_reached(

@@ -36,6 +36,7 @@ def flag_kinds(settings: type) -> dict[str, object]:
 TRAINING, TESTING = flag_kinds(core.Config), flag_kinds(walker.Evaluation)
 INTS = [flag for flag, kind in TRAINING.items() if kind is int]
 FLOATS = [flag for flag, kind in TRAINING.items() if kind in (float, float | None)]
+COURSES = [core.flag_name(name) for name in core.COURSES]
 BOOLS = [flag for flag, kind in TRAINING.items() if kind is bool]
 CHOICES = [flag for flag, kind in TRAINING.items() if typing.get_origin(kind) is typing.Literal]
 KNOWN = {*TRAINING, *TESTING, *(f"no-{flag}" for flag in [*BOOLS, *TESTING])}
@@ -89,9 +90,10 @@ EITHER = st.one_of(
 WRONG_TRAINING = st.one_of(
     EITHER,
     st.sampled_from([[f"--{flag}"] for flag in [*INTS, *FLOATS, *CHOICES, "env", "config"]]),
-    pairs([*INTS, *FLOATS], NO_NUMBER),
+    st.sampled_from([[f"--{flag}", *values] for flag in COURSES for values in ("", "123")]),
+    pairs([*INTS, *FLOATS, *COURSES], NO_NUMBER),
     pairs(INTS, st.sampled_from(["1.5", "0x10", "1,000", "-7", "inf"])),
-    pairs([name for name in FLOATS if name != "failure-reward"], OUT_OF_RANGE),
+    pairs([name for name in FLOATS + COURSES if name != "failure-reward"], OUT_OF_RANGE),
     pairs(CHOICES, STRAY),
     pairs(BOOLS, STRAY),
     pairs(["config", "resume", "init-from"], st.sampled_from(FILES)),
