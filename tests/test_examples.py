@@ -246,6 +246,7 @@ def test_an_export_that_cannot_be_is_one_line(monkeypatch, tmp_path, capsys):
     from examples import export_onnx
 
     onnx = str(tmp_path / "policy.onnx")
+    core.load_learner(PRETRAINED)  # torch looks for modules of its own when it is first used
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert export_onnx.main([PRETRAINED, onnx]) == 2
     assert "pip install onnx onnxscript" in capsys.readouterr().err
