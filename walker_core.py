@@ -1463,9 +1463,9 @@ def evaluate_if_due(learner: Learner, log: RunLog, started: float, evaluate: Cal
     confirms = counters.solved_step is None or waited or is_last
     is_best = bool(returns.mean() > counters.best_return) and (confirms or not at_threshold)
     if at_threshold and is_best:
-        counters.confirmed_step = counters.step
         seeds = env_seeds(config.seed, CONFIRM, 100, step=counters.step)
         returns, _ = evaluate(learner.act, config, seeds)
+        counters.confirmed_step = counters.step
         is_best = bool(returns.mean() > counters.best_return)
         if returns.mean() >= threshold and counters.solved_step is None:
             counters.solved_step = counters.step
