@@ -97,10 +97,10 @@ def read_config(metrics_path):
     """
     path = Path(str(metrics_path).removesuffix("metrics.csv") + "config.json")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: not a JSON object: {error}") from error
     return config
 

@@ -810,10 +810,8 @@ def make_batch(rollout: Rollout, agent: ActorCritic, reward_normalizer, config: 
     rewards = reward_normalizer.normalize(rewards, rollout.valid, rollout.discounted_return)
     values = agent.value(rollout.obs.flatten(0, 1)).view(len(rollout.obs), -1)  # (T + 1, N)
     # only failures stop the bootstrap, any ending the λ-trace
-    ended = rollout.truncated | rollout.terminated
-    advantages, returns = compute_gae(
-        rewards, values, failed, ended, config.gamma, config.gae_lambda
-    )
+    cut = rollout.truncated | rollout.terminated
+    advantages, returns = compute_gae(rewards, values, failed, cut, config.gamma, config.gae_lambda)
 
     # over all processes; sync point
     statistics = RunningMeanStd()
@@ -1193,7 +1191,7 @@ def load_learner(checkpoint, env: str | None = None, device: str = "auto") -> Le
     state = load_checkpoint(checkpoint, env)
     config = config_from(state["config"], checkpoint)
     changes = {"device": device}
-    if env is not None and env != config.env:
+    if env not in (None, config.env):
         changes.update(env=env, env_kwargs=())
     learner = Learner(dataclasses.replace(config, **changes))
     learner.load(state, checkpoint, (*POLICY, "reward_normalizer"))
@@ -1309,9 +1307,10 @@ class RunLog(contextlib.ExitStack):
 
 def write_config(config: Config, threshold, path: Path):
     """Every setting as JSON, for --config; `_about` is for readers and plots."""
-    about = {"reward_threshold": threshold, "version": __version__}
+    settings = saved_settings(config)
+    settings["_about"] = {"reward_threshold": threshold, "version": __version__}
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps({**saved_settings(config), "_about": about}, indent=2))
+        temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def record_episode(learner, seed: int, mp4: Path, seconds=None, measure=None) -> list:

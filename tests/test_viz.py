@@ -102,9 +102,10 @@ def test_a_metrics_file_has_the_json_object_beside_it_as_its_config(tmp_path):
         path = write_run(tmp_path / f"{prefix}metrics.csv", config={"name": prefix})
         assert viz.read_config(path) == {"name": prefix}
     assert viz.read_config(tmp_path / "other_metrics.csv") == {}
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(viz.InputError, match=r"config\.json"):
-        viz.read_config(tmp_path / "metrics.csv")
+    for content in ("{", "[1]", "null"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(viz.InputError, match=r"config\.json"):
+            viz.read_config(tmp_path / "metrics.csv")
 
 
 @pytest.mark.parametrize(
