@@ -275,18 +275,19 @@ COURSES = ("desired_kl", "failure_cost", "action_cost", "entropy_coef")
 BIPEDAL: dict = {
     "num_envs": 64, "rollout_steps": 128, "minibatch_size": 2048, "lr_schedule": "adaptive",
     "learning_rate": 1e-3, "desired_kl": (0.02, 0.0), "max_grad_norm": 5.0,
-    "failure_reward": -100.0, "clip_reward": (-50.0, 50.0), "eval_every": 200_000,
+    "failure_reward": -100.0, "clip_reward": (-200.0, 200.0), "eval_every": 250_000,
 }  # fmt: skip
 MUJOCO: dict = {"update_epochs": 10, "max_grad_norm": 1.0}
 PRESETS: dict = {
     "BipedalWalker-v3": {
-        **BIPEDAL, "total_timesteps": 3_000_000, "entropy_coef": (0.006, 0.0, 100.0, 230.0),
-        "failure_cost": (0.2, 10.0, 0.0, 300.0), "action_cost": (0.0, 0.3, 150.0, 280.0),
+        **BIPEDAL, "total_timesteps": 3_000_000, "gamma": 0.98,
+        "entropy_coef": (0.01, 0.0, 100.0, 250.0), "failure_cost": (0.2, 20.0, 100.0, 335.0),
+        "action_cost": (0.0, 0.3, 150.0, 280.0),
     },
     "BipedalWalkerHardcore-v3": {
         **BIPEDAL, "total_timesteps": 40_000_000, "desired_kl": (0.015, 0.0),
         "actor_hidden": (128, 128), "critic_hidden": (128, 128),
-        "entropy_coef": (0.006, 0.0, 50.0, 200.0), "failure_cost": (0.05, 20.0, 0.0, 285.0),
+        "entropy_coef": (0.006, 0.0, 50.0, 200.0), "failure_cost": (0.1, 20.0, 100.0, 285.0),
         "action_cost": (0.0, 0.28, 230.0, 290.0),
     },
     "HalfCheetah-v5": {
@@ -1447,7 +1448,7 @@ def evaluate_if_due(learner: Learner, log: RunLog, started: float, evaluate: Cal
 
     A best mean at the threshold is confirmed on 100 new episodes, and the policy ranked by those:
     the highest of many means over a few episodes is high by luck. As that takes long, it is done
-    until the run is solved, then once in a third of the run, and at its end.
+    until the run is solved, then once in half of the run, and at its end.
     """
     config, counters, threshold = learner.config, learner.counters, learner.threshold
     is_last = config.eval_every > 0 and counters.step >= config.total_timesteps
@@ -1458,7 +1459,7 @@ def evaluate_if_due(learner: Learner, log: RunLog, started: float, evaluate: Cal
     columns = {"eval_return_mean": returns.mean(), "eval_return_std": returns.std()}
     columns["eval_episodes"] = len(returns)
     at_threshold = threshold is not None and returns.mean() >= threshold
-    waited = counters.step - counters.confirmed_step >= config.total_timesteps / 3
+    waited = counters.step - counters.confirmed_step >= config.total_timesteps / 2
     confirms = counters.solved_step is None or waited or is_last
     is_best = bool(returns.mean() > counters.best_return) and (confirms or not at_threshold)
     if at_threshold and is_best:
