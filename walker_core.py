@@ -34,8 +34,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, CancelledError, ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -120,19 +119,20 @@ def setting(default: Any, meaning: str, **limits: Any) -> Any:
     return pydantic.Field(default, description=meaning, **limits)
 
 
-def course(value: Any) -> Any:
+def course(value: Any, least: float = 0.0) -> Any:
     """VALUE, or the tuple START END or START END FROM TO. ValueError if it is none of them."""
     numbers = np.array(value, dtype=float, ndmin=1).tolist()
     window = numbers[2:]
     shaped = len(numbers) in (1, 2, 4) and window == sorted(set(window))
-    if not (shaped and np.isfinite(numbers).all() and min(numbers[:2]) >= 0):
-        raise ValueError("it must be VALUE, START END, or START END FROM TO, and not negative")
+    if not (shaped and np.isfinite(numbers).all() and min(numbers[:2]) >= least):
+        raise ValueError(f"it must be VALUE, START END, or START END FROM TO, at least {least}")
     return tuple(numbers) if len(numbers) > 1 else numbers[0]
 
 
 # A setting that may move: from START to END over the run, or while the training return goes from
 # FROM to TO.
 Course = Annotated[Any, pydantic.PlainValidator(course)]
+AnySign = Annotated[Any, pydantic.PlainValidator(functools.partial(course, least=-math.inf))]
 
 
 class Validated:
@@ -195,7 +195,7 @@ class Config(Validated):
     failure_reward: float = setting(1e9, "a termination paid at most this is a failure")
     failure_cost: Course = setting(1.0, "multiply a failure's reward by this")
     action_cost: Course = setting(0.0, "charge this × the sum of |actions|")
-    entropy_coef: Course = setting(0.0, "weight of the entropy bonus")
+    entropy_coef: AnySign = setting(0.0, "weight of the entropy bonus")
     value_coef: float = setting(0.5, "weight of the value loss", ge=0)
     max_grad_norm: float = setting(0.5, "clip the norm of the gradient to this", gt=0)
     update_epochs: int = setting(5, "passes over each rollout", ge=1)
@@ -996,7 +996,7 @@ def evaluate_policy(act: Callable, config: Config, seeds, pool, stop=None) -> tu
     task = functools.partial(play_one, saved_act.getvalue(), config)
     results = []
     with (
-        reraise_as(TrainingError, "a worker process failed", BrokenProcessPool),
+        reraise_as(TrainingError, "a worker process failed", BrokenExecutor),
         # closing cancels those that have not begun
         contextlib.closing(pool.map(task, seeds)) as episodes,
     ):
@@ -1446,8 +1446,8 @@ def is_due(every: int, step: int, config: Config) -> bool:
 def evaluate_if_due(learner: Learner, log: RunLog, started: float, evaluate: Callable) -> tuple:
     """If an evaluation is due: its columns, and whether this policy is the best so far.
 
-    A best mean at the threshold is confirmed on 100 new episodes, and the policy ranked by those:
-    the highest of many means over a few episodes is high by luck. As that takes long, it is done
+    A mean at the threshold is confirmed on 100 new episodes, and the policy ranked by those: the
+    highest of many means over a few episodes is high by luck. As that takes long, it is done
     until the run is solved, then once in half of the run, and at its end.
     """
     config, counters, threshold = learner.config, learner.counters, learner.threshold
@@ -1458,18 +1458,19 @@ def evaluate_if_due(learner: Learner, log: RunLog, started: float, evaluate: Cal
     returns, _ = evaluate(learner.act, config, seeds)
     columns = {"eval_return_mean": returns.mean(), "eval_return_std": returns.std()}
     columns["eval_episodes"] = len(returns)
-    at_threshold = threshold is not None and returns.mean() >= threshold
+    reached = threshold is not None and returns.mean() >= threshold
+    is_unsolved = counters.solved_step is None
     waited = counters.step - counters.confirmed_step >= config.total_timesteps / 2
-    confirms = counters.solved_step is None or waited or is_last
-    is_best = bool(returns.mean() > counters.best_return) and (confirms or not at_threshold)
-    if at_threshold and is_best:
+    confirms = reached and (is_unsolved or waited or is_last)
+    if confirms:
         seeds = env_seeds(config.seed, CONFIRM, 100, step=counters.step)
         returns, _ = evaluate(learner.act, config, seeds)
         counters.confirmed_step = counters.step
-        is_best = bool(returns.mean() > counters.best_return)
-        if returns.mean() >= threshold and counters.solved_step is None:
+        if is_unsolved and returns.mean() >= threshold:
             counters.solved_step = counters.step
             log.line(f"solved after {(time.perf_counter() - started) / 60:.1f} min (100 episodes)")
+    # few episodes do not outrank a hundred
+    is_best = bool(returns.mean() > counters.best_return) and confirms == reached
     if is_best:
         counters.best_return = float(returns.mean())
     result = f"{returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
