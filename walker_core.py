@@ -281,7 +281,7 @@ MUJOCO: dict = {"update_epochs": 10, "max_grad_norm": 1.0}
 PRESETS: dict = {
     "BipedalWalker-v3": {
         **BIPEDAL, "total_timesteps": 3_000_000, "gamma": 0.98,
-        "entropy_coef": (0.01, 0.0, 100.0, 250.0), "failure_cost": (0.2, 20.0, 100.0, 335.0),
+        "entropy_coef": (0.01, -0.02, 200.0, 335.0), "failure_cost": (0.2, 20.0, 100.0, 335.0),
         "action_cost": (0.0, 0.3, 150.0, 280.0),
     },
     "BipedalWalkerHardcore-v3": {
