@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import walker_core as core
 
-POLICY = Path(__file__).parents[2] / "checkpoints_walker/pretrained_default.pt"
+POLICY = Path(__file__).parents[2] / "checkpoints_walker/pretrained.pt"
 ITERATIONS = 5
 spent: dict[str, float] = collections.defaultdict(float)
 

@@ -1,6 +1,6 @@
 """The same policy on Gymnasium's BipedalWalker-v3 and on EnvPool's: two versions of Box2D.
 
-    python tests/benchmarks/simulators.py checkpoints_walker/pretrained_default.pt --episodes 400
+    python tests/benchmarks/simulators.py checkpoints_walker/pretrained.pt --episodes 400
 
 As many episodes on either, deterministic; all that were begun count. Needs envpool.
 """
