@@ -175,6 +175,19 @@ def test_envpool_refuses_an_environment_that_it_does_not_have():
 # ---- normalizers ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("offset", "scale"), [(1.7e12, 1.0), (-1e9, 1.0), (0.0, 1e-6), (5.0, 1e-6)]
+)
+def test_neither_a_large_offset_nor_a_small_scale_is_lost(offset, scale):
+    statistics = core.ObservationNormalizer(core.Config(), PAIR)
+    stream = np.random.default_rng(3).normal(0, scale, (900, 2))
+    for batch in np.split(offset + stream, 9):
+        statistics.update(torch.from_numpy(batch))
+    np.testing.assert_allclose(statistics.var.sqrt(), stream.std(0), rtol=1e-3)
+    normalized = statistics.normalize(offset + stream).numpy()
+    np.testing.assert_allclose(normalized.std(0), 1, rtol=1e-2)
+
+
 @pytest.mark.parametrize("shape", [(), (3,)])
 def test_running_statistics_are_numpys_over_the_whole_stream(shape):
     rng = np.random.default_rng(0)

@@ -135,3 +135,12 @@ def test_the_mean_action_draws_no_random_numbers_and_a_sample_does():
     assert torch.equal(agent.mean_action(obs), agent.mean_action(obs))
     assert torch.equal(torch.get_rng_state(), before)
     assert not torch.equal(agent.act(obs)[0], agent.act(obs)[0])
+
+
+def test_no_std_is_below_a_thousandth():
+    agent = make()
+    with torch.no_grad():
+        agent.raw_std.fill_(-50.0)
+    distribution = agent.distribution(torch.randn(4, 6))
+    assert distribution.stddev.min() >= 0.001
+    assert torch.isfinite(distribution.log_prob(distribution.mean)).all()
