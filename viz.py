@@ -47,6 +47,8 @@ VALUE_NUMBERS = ("gamma", "reward_scale", "reward_clip")
 SHIN = 34 / 30
 HULL = np.array([(-30, 9), (6, 9), (34, 1), (34, -8), (-30, -8)]) / 30
 HIP = np.array([0, -8]) / 30
+# The thighs' angles to the hull, in radians, where those of the hips are 0.
+THIGHS = np.array([-0.05, 0.05])
 FOOT = 0.2  # this share of a shin, from its lower end up, is the foot
 
 
@@ -653,11 +655,11 @@ def _draw_walker(axes, gait, t, x):
     center = np.array([x, gait["height"][t]])
     hull, hip = center + HULL @ _rotation(angle).T, center + _rotation(angle) @ HIP
     axes.fill(hull[:, 0], hull[:, 1], color=COLORS["hull"], clip_on=False)
-    knee_angles = gait["joints"][t, 1::2, 0]
+    # not from hip to knee: Box2D's joints give way when a foot hits the ground
+    shin_angles = angle + THIGHS + gait["joints"][t, 0::2, 0] + gait["joints"][t, 1::2, 0]
     for leg, name in enumerate(gait["legs"]):
         knee = center + gait["knees"][t, leg, :2] - position
-        # Thigh and shin have the same length: the shin is the thigh turned by the knee's angle.
-        foot = knee + _rotation(knee_angles[leg]) @ (knee - hip)
+        foot = knee + _rotation(shin_angles[leg]) @ (0, -SHIN)
         xs, ys = np.transpose([hip, knee, foot])
         axes.plot(xs, ys, color=COLORS[name], lw=3, clip_on=False)
         if gait["knee"][t, leg]:

@@ -342,8 +342,7 @@ def test_the_walker_is_drawn_as_it_stands(recorded, saved):
         t = int((i + 0.5) / 12 * 150)  # all 3 s are shown
         for leg in (0, 1):
             x, y = feet[t, leg] - gait["hull"][t, :2] + (2.4 * (i + 0.5), gait["height"][t])
-            # in metres; Box2D's joints give way a little when a foot hits the ground
-            assert drawn[2 * i + leg][2] == pytest.approx([x, y], abs=0.1)
+            assert drawn[2 * i + leg][2] == pytest.approx([x, y], abs=1e-4)
 
 
 class Car:
