@@ -3,7 +3,6 @@
     python viz.py checkpoints_walker/metrics.csv    # one run: its training curves
     python viz.py */checkpoints_walker/metrics.csv  # several runs: settings and seeds compared
     python viz.py videos/best.npz                   # an episode of `evaluate --record`: its gait
-    python viz.py videos/{step_200704,best}.npz     # several episodes: their gaits side by side
 
 It also works while a training is still writing its files. The numbers come from `metrics.csv`; the
 environment's name, the seed and the solved threshold from the `config.json` beside it, if present.
@@ -11,9 +10,12 @@ The only function that looks inside an environment is `gait_state`, which measur
 """
 
 import argparse
+import contextlib
+import functools
 import itertools
 import json
 import re
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -287,10 +289,8 @@ def mean_curve(curves, points=200):
     return grid, values.mean(axis=0), std
 
 
-def solved_threshold(runs, threshold):
-    """The given threshold; without one, the one that all configs agree on, or None."""
-    if threshold is not None:
-        return threshold
+def solved_threshold(runs):
+    """The return that counts as solved, if all configs agree on one; else None."""
     thresholds = {(run.config.get("_about") or {}).get("reward_threshold") for run in runs}
     return thresholds.pop() if len(thresholds) == 1 else None
 
@@ -325,9 +325,12 @@ def gait_state(env):
     - contacts (2, 2): the lowest and the highest point at which each leg is touched, in lengths of
       a shin above its lower end (above 1, on the thigh); NaN while the leg is in the air.
     """
-    walker, needed = env.unwrapped, ("hull", "legs", "joints", "terrain_x", "terrain_y")
-    if not all(hasattr(walker, name) for name in needed):
-        return {}
+    with contextlib.suppress(AttributeError, TypeError, ValueError, IndexError):
+        return _pose(env.unwrapped)
+    return {}
+
+
+def _pose(walker):
     body, thighs, shins = walker.hull, walker.legs[0::2], walker.legs[1::2]
     hull = np.array([*body.position, body.angle, *body.linearVelocity, body.angularVelocity])
     inverse_dt = 50  # Box2D turns an impulse per step into a torque with it
@@ -436,10 +439,9 @@ def _without_chatter(down):
 # ------------------------------------------------------------------------------------- pictures
 
 
-def plot_training_curves(metrics_path, png_path, threshold=None):
+def plot_training_curves(metrics_path, png_path):
     """Draw the training curves of one run.
 
-    `threshold` is the return that counts as solved; by default the one in the run's config, if any.
     Raises InputError as `read_metrics` and `read_config` do, or if `png_path` does not end in .png;
     OSError if the picture cannot be written. A picture already there is then left as it was.
     """
@@ -450,20 +452,20 @@ def plot_training_curves(metrics_path, png_path, threshold=None):
     figure, panels = _new_figure(2 + 2 * len(rows), rows, [2.4, 1, 1, 1, 1][: len(rows)])
     returns = panels.pop("returns")
     _set_axes(returns, end, 13, "environment steps", "return per episode")
-    _draw_returns(returns, run, solved_threshold([run], threshold))
+    _draw_returns(returns, run, solved_threshold([run]))
     for name, axes in panels.items():
         _set_axes(axes, end, size=10)
         _draw_column(axes, run, name)
     _save(figure, returns, headline(run), png_path)
 
 
-def plot_comparison(metrics_paths, png_path, threshold=None):
+def plot_comparison(metrics_paths, png_path):
     """Draw the returns of several runs over steps and over minutes, averaged over seeds.
 
     Thin lines are runs. A thick line and its band are the mean ± sample standard deviation of the
     runs of one experiment, see `group_runs`. The returns are those of evaluations if every run has
-    some, else of training episodes. `threshold` and errors are as in `plot_training_curves`;
-    ValueError too if there is no path.
+    some, else of training episodes. Errors are as in `plot_training_curves`; ValueError too if
+    there is no path.
     """
     # one given twice counts once
     paths = dict.fromkeys(str(path) for path in metrics_paths)
@@ -478,7 +480,7 @@ def plot_comparison(metrics_paths, png_path, threshold=None):
         for (label, group), color in zip(group_runs(runs), itertools.cycle(PALETTE)):
             curves = [return_curve(run, column, unit, evaluated) for run in group]
             _draw_curves(axes, curves, color, label)
-        _draw_threshold(axes, solved_threshold(runs, threshold))
+        _draw_threshold(axes, solved_threshold(runs))
     env = f"{runs[0].env} · " if len({run.env for run in runs}) == 1 else ""
     _save(figure, axes, f"{env}{kind} of {len(runs)} runs", png_path)
 
@@ -491,11 +493,10 @@ def plot_gait(npz_path, png_path):
     """
     gait = load_gait(npz_path)
     lines = _gait_lines(gait)
-    titles = list(lines)
-    rows = [["strip"] * 4, ["footfall"] * 4, titles[:4], titles[4:]]
+    rows = [["strip"] * 4, ["footfall"] * 4, [*lines][:4], [*lines][4:]]
     figure, panels = _new_figure(8.6, rows, [1.2, 0.7, 1.3, 1.3])
-    _draw_footfall(panels["strip"], panels["footfall"], gait, moments=12)
-    for title in titles:
+    _draw_footfall(panels["strip"], panels["footfall"], gait)
+    for title in lines:
         panels[title].set_title(title, loc="left", size=10)
         _draw_strides(panels[title], gait, lines[title])
     text = (
@@ -505,20 +506,6 @@ def plot_gait(npz_path, png_path):
     _save(figure, panels["footfall"], f"{Path(npz_path).stem} · {text}", png_path)
     print(text)
     return gait | {"text": text}
-
-
-def plot_story(npz_paths, png_path):
-    """Draw the gaits of several .npz side by side, in the order given; errors as in `plot_gait`."""
-    gaits = [load_gait(path) for path in npz_paths]
-    numbers = range(len(gaits))
-    rows = [[f"strip {i}" for i in numbers], [f"footfall {i}" for i in numbers]]
-    figure, panels = _new_figure(4, rows, [1.5, 1])
-    for i, gait in enumerate(gaits):
-        strip, footfall = panels[f"strip {i}"], panels[f"footfall {i}"]
-        _draw_footfall(strip, footfall, gait, max(1, 12 // len(gaits)))
-        title = f"{Path(npz_paths[i]).stem}\n{gait['gait']}, {gait['speed']:.1f} m/s"
-        strip.set_title(title, weight="bold", size=13)
-    _save(figure, footfall, " → ".join(gait["gait"] for gait in gaits), png_path)
 
 
 def plot_value(npz_path, png_path):
@@ -541,6 +528,35 @@ def plot_value(npz_path, png_path):
     axes.axline((0, 0), slope=1, color=GREEN, ls="--", label="perfect prediction")
     _save(figure, axes, f"{Path(npz_path).stem} · {text}", png_path)
     return f"value: {text}"
+
+
+@contextlib.contextmanager
+def film(fps, mp4, gif, max_bytes=3_000_000):
+    """Write a film, frame by frame, and from it a GIF; yields the function that adds a frame.
+
+    H.264 in yuv420p, of at most 20 MB; the GIF has every third frame at half its size, and at most
+    `max_bytes`. ValueError if a frame is no picture, OSError if it cannot be encoded.
+    """
+    from imageio import get_writer
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    options = {"fps": fps, "macro_block_size": 2, "output_params": ["-fs", "20M"]}
+    # closing: its own `with` leaves the encoder alive after an error
+    with contextlib.closing(get_writer(mp4, **options)) as video:
+        yield functools.partial(_add_frame, video)
+    filters = "framestep=3,scale=iw/2:-1:flags=area,"
+    filters += "split[a][b];[a]palettegen=64[p];[b][p]paletteuse=dither=none"
+    command = [get_ffmpeg_exe(), "-v", "quiet", "-y", "-i", mp4, "-vf", filters]
+    command += ["-fs", str(max_bytes), gif]
+    if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
+        # it says nothing itself
+        raise OSError("the encoder failed; is the disk full?")
+
+
+def _add_frame(video, frame):
+    if np.ndim(frame) != 3 or frame.shape[-1] not in (3, 4) or frame.dtype != np.uint8:
+        raise ValueError(f"render() gave no (height, width, 3) bytes, but {np.shape(frame)}")
+    video.append_data(frame)
 
 
 def _new_figure(height, rows, heights=(1,)):
@@ -622,7 +638,7 @@ def _draw_curves(axes, curves, color, label):
     _draw_mean(axes, curves, color, f"{label} (n = {len(curves)})")
 
 
-def _draw_footfall(strip, footfall, gait, moments):
+def _draw_footfall(strip, footfall, gait, moments=12):
     """Draw the walker at some moments on `strip`, and on `footfall` when each leg is down.
 
     Shows three seconds: the last ones before a fall, else those in the middle of the episode.
@@ -731,21 +747,16 @@ def main(argv=None):
     parser = _Parser(prog="viz.py", description="Draw a training or a gait, or compare several.")
     parser.add_argument("files", nargs="+", type=Path, help="metrics.csv of runs, or .npz")
     parser.add_argument("--out", type=Path, help="PNG to write (default: in the plots folder)")
-    parser.add_argument("--threshold", type=float, help="return that counts as solved")
     try:
         args = parser.parse_args(argv)
-        if not np.isfinite(args.threshold or 0):
-            raise InputError(f"--threshold must be a finite number, got {args.threshold}")
         first, *others = args.files
-        png = args.out or _default_png(first, others)
-        if first.suffix == ".npz" and others:
-            plot_story(args.files, png)
-        elif first.suffix == ".npz":
+        png = args.out or (Path("plots/comparison.png") if others else _default_png(first))
+        if first.suffix == ".npz" and not others:
             plot_gait(first, png)
         elif others:
-            plot_comparison(args.files, png, args.threshold)
+            plot_comparison(args.files, png)
         else:
-            plot_training_curves(first, png, args.threshold)
+            plot_training_curves(first, png)
     except (InputError, OSError) as error:
         print(f"viz.py: {error}", file=sys.stderr)
         return 2
@@ -753,11 +764,9 @@ def main(argv=None):
     return 0
 
 
-def _default_png(path, others):
-    """Without --out: the run's plots folder, or beside the file; ./plots for several files."""
+def _default_png(path):
+    """Without --out: the run's plots folder, or beside the file."""
     is_episode = path.suffix == ".npz"
-    if others:
-        return Path("plots", "story.png" if is_episode else "comparison.png")
     path = path if path.parent.name else path.absolute()
     plots = path.parent.parent / "plots"
     if path.parts[-2:] == ("checkpoints_walker", "metrics.csv"):

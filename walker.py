@@ -1,13 +1,14 @@
 """The command line: `python walker.py` trains, `python walker.py evaluate CHECKPOINT` tests."""
 
 import argparse
-import difflib
+import itertools
 import json
 import re
 import sys
 import typing
 from pathlib import Path
 
+import numpy as np
 import pydantic
 
 import viz
@@ -27,16 +28,20 @@ class Evaluation(core.Validated):
     render: bool = setting(False, "show some in a window")
     seconds: float | None = setting(None, "limit of film or show", gt=0)
     json: bool = setting(False, "print the result as JSON")
-    device: core.Device = setting("auto", "auto: cuda or cpu")
-    out: str = setting(".", "folder for videos/ and plots/", min_length=1)
+    env_kwargs: tuple[core.KeyValue, ...] = setting((), "environment arguments, KEY=VALUE")
+    out: str | None = setting(None, "folder for videos/ and plots/ (default: the run's)")
 
 
-def make_parser(defaults, usage, description) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise core.UserError(f"{message}, see --help")
+
+
+def make_parser(defaults, usage, description) -> Parser:
     """A flag for each field of `defaults`; the dataclass itself converts and checks the text."""
-    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, exit_on_error=False)
-    parser.description = description
     # the result holds only what was typed
-    parser.argument_default = argparse.SUPPRESS
+    default = argparse.SUPPRESS
+    parser = Parser(None, usage, description, allow_abbrev=False, argument_default=default)
     # -1e9 is a number, not a flag
     parser._negative_number_matcher = re.compile(r"-[\d.]")
     for name, field in defaults.__pydantic_fields__.items():
@@ -53,18 +58,8 @@ def make_parser(defaults, usage, description) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser, argv) -> dict:
-    """What was typed, by name. UserError if an argument does not exist."""
-    typed, unknown = parser.parse_known_args(argv)
-    if unknown:
-        similar = difflib.get_close_matches(unknown[0], parser._option_string_actions)
-        hint = f"did you mean {similar[0]}?" if similar else "see --help"
-        raise core.UserError(f"unrecognized argument {unknown[0]}, {hint}")
-    return vars(typed)
-
-
 def parse_training(argv) -> tuple:
-    """Train PPO, then film the best policy and plot the curves.
+    """Train PPO, then plot the curves and film the best policy.
 
     A setting comes from, lowest first: the defaults, the preset of the environment, --config, the
     resumed checkpoint, its flag. The defaults below are those of BipedalWalker-v3. --desired-kl,
@@ -74,21 +69,20 @@ def parse_training(argv) -> tuple:
     usage = "walker.py [SETTINGS] or walker.py evaluate FILE [OPTIONS]"
     parser = make_parser(core.Config.for_env(), usage, parse_training.__doc__)
     one = parser.add_mutually_exclusive_group()
-    meaning = "go on from FILE, or last.pt in --out"
-    one.add_argument("--resume", nargs="?", const="", metavar="FILE", help=meaning)
+    resumes = "go on from FILE, a folder, or --out"
+    one.add_argument("--resume", nargs="?", const="", metavar="FILE", help=resumes)
     one.add_argument("--overwrite", action="store_true", help="remove the run in --out first")
     parser.add_argument("--config", metavar="FILE", help="settings of a config.json")
-    typed = parse(parser, argv)
+    typed = vars(parser.parse_args(argv))
     resume, overwrite = typed.pop("resume", None), typed.pop("overwrite", False)
     source, base = typed.pop("config", None), {}
     if source is not None:
         with core.reraise_as(core.UserError, source, ValueError, TypeError, RecursionError):
             base = dict(json.loads(Path(source).read_bytes()))
     if resume is not None:
-        source = resume = Path(resume or Path(typed.get("out", "."), core.LAST))
+        source = resume = find_checkpoint(Path(resume or typed.get("out", ".")).absolute())
         base.update(core.load_checkpoint(resume, typed.get("env"))["config"])
-        if resume.parent.name == "checkpoints_walker":
-            base["out"] = str(resume.parent.parent)
+        base["out"] = str(folder_of(resume))
     if source is not None:
         # check the file by itself, so that the message names it
         chosen = {name: typed[name] for name in ("env", "out") if name in typed}
@@ -96,61 +90,83 @@ def parse_training(argv) -> tuple:
     return core.Config.for_env(**{**base, **typed}), resume, overwrite
 
 
-def evaluate(argv) -> None:
+def find_checkpoint(place: Path) -> Path:
+    """The file itself, or the last.pt of a folder."""
+    last = place / ("last.pt" if (place / "last.pt").exists() else core.LAST)
+    return last if place.is_dir() else place
+
+
+def folder_of(checkpoint: Path) -> Path:
+    """That of its run, or this one."""
+    is_in_run = checkpoint.parent.name == "checkpoints_walker"
+    return checkpoint.parent.parent if is_in_run else Path()
+
+
+def evaluate(argv) -> int:
     """Film, analyze or show a policy, where asked, then test it on new episodes."""
     parser = make_parser(Evaluation(), "walker.py evaluate FILE [OPTIONS]", Evaluation.__doc__)
-    parser.add_argument("checkpoint", nargs="?", help="a .pt file of a run")
-    typed = parse(parser, argv)
-    if "checkpoint" not in typed:
-        raise core.UserError("evaluate needs a FILE, a checkpoint")
-    checkpoint = typed.pop("checkpoint")
+    parser.add_argument("checkpoint", metavar="FILE", help="a .pt file of a run")
+    typed = vars(parser.parse_args(argv))
+    # absolute, as an environment may change the current folder
+    checkpoint = Path(typed.pop("checkpoint")).absolute()
     test = Evaluation(**typed)
-    learner = core.load_learner(checkpoint, test.env, test.device)
-    core.configure_torch(learner.agent)
+    learner = core.load_learner(checkpoint, test.env, env_kwargs=test.env_kwargs)
     seeds = core.env_seeds(test.seed, core.TEST, test.episodes)
-    videos, plots, name = Path(test.out, "videos"), Path(test.out, "plots"), Path(checkpoint).stem
+    out, name = Path(test.out or folder_of(checkpoint)).absolute(), checkpoint.stem
     if test.record:
-        core.make_folders(videos)
-        mp4, data = videos / f"{name}.mp4", videos / f"{name}.npz"
+        mp4, data = out / f"videos/{name}.mp4", out / f"videos/{name}.npz"
+        core.make_folders(mp4.parent)
         steps = core.record_episode(learner, seeds[0], mp4, test.seconds, viz.gait_state)
         core.write_episode_data(learner, steps, data)
         print(f"video: {mp4}")
         if "hull" in steps[0]:
-            viz.plot_gait(data, plots / f"{name}_gait.png")
+            viz.plot_gait(data, out / f"plots/{name}_gait.png")
     if test.analyze_value:
-        core.make_folders(plots)
-        data = plots / f"{name}_value.npz"
+        data = out / f"plots/{name}_value.npz"
+        core.make_folders(data.parent)
         steps = [step for _, step in core.play(learner.act, learner.config, seeds[:10])]
         core.write_episode_data(learner, steps, data)
         print(viz.plot_value(data, data.with_suffix(".png")))
     if test.render:
-        core.show(learner, seeds, test.seconds or 30.0)
-    with core.ProcessPoolExecutor(initializer=core.prepare_worker) as pool:
-        returns, lengths = core.evaluate_policy(learner.act, learner.config, seeds, pool)
+        show = core.play(learner.act, learner.config, seeds, render="human")
+        for _ in itertools.islice(show, round((test.seconds or 30) * learner.fps)):
+            pass
+    returns, lengths = core.evaluate_policy(learner.act, learner.config, seeds)
     result = {"mean": returns.mean(), "std": returns.std(), "episodes": len(returns)}
     result.update(min=returns.min(), max=returns.max(), length=lengths.mean())
-    line = "return {mean:.1f} ± {std:.1f} over {episodes} episodes"
-    line += " (min {min:.1f}, max {max:.1f}), length {length:.0f}"
-    print(json.dumps(result) if test.json else line.format(**result))
+    line = "95 % bootstrap interval: {:.1f} to {:.1f}\nreturn {mean:.1f} ± {std:.1f}"
+    line += " over {episodes} episodes (min {min:.1f}, max {max:.1f}), length {length:.0f}"
+    means = np.random.default_rng(0).choice(returns, (10_000, len(returns))).mean(axis=1)
+    text = line.format(*np.percentile(means, [2.5, 97.5]), **result)
+    print(json.dumps(result) if test.json else text, flush=True)
+    return 0
 
 
 def main(argv=None) -> int:
-    """Exit code: 0, 2 for a wrong command, 1 if training failed, 130 or 143 after a signal."""
+    """Exit code: 0, 2 for a wrong command, 1 if training failed, 130, 143 or 129 after a signal."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        # a closed one is None
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         if argv[:1] == ["evaluate"]:
-            evaluate(argv[1:])
-            return 0
-        _, stopped_by = core.train(*parse_training(argv))
+            return evaluate(argv[1:])
+        with core.StopSignals() as stop:
+            core.train(*parse_training(argv), stop)
+        return 128 + stop.received if stop.received else 0
     except KeyboardInterrupt:
         # before training began, or in an evaluation
         return 130
-    except (core.UserError, core.TrainingError, argparse.ArgumentError, OSError) as error:
+    except BrokenPipeError:
+        # whoever read the output has had enough
+        sys.stdout = None
+        return 141
+    except (core.UserError, core.TrainingError, OSError) as error:
         # one line, even if an environment's error has several
         message = "".join(c if c.isprintable() else " " for c in str(error))
         print(f"walker.py: {message[:380]}", file=sys.stderr)
         return 1 if isinstance(error, core.TrainingError) else 2
-    return 0 if stopped_by is None else 128 + stopped_by
 
 
 if __name__ == "__main__":

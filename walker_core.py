@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import csv
 import dataclasses
+import datetime
 import functools
 import gc
 import io
@@ -25,6 +25,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -34,7 +35,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, CancelledError, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -44,13 +45,13 @@ import pydantic
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor, nn, optim
 
 __version__ = "0.1.0"
 # raised when the contents of a checkpoint change their meaning
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 
 
 class UserError(Exception):
@@ -62,12 +63,12 @@ class TrainingError(RuntimeError):
 
 
 @contextlib.contextmanager
-def reraise_as(kind: type[Exception], message: str, *caught: type[Exception]):
+def reraise_as(kind: type[Exception], message: str, *caught: type[BaseException]):
     """Turn any of `caught` into `kind` with one line: the message, then the reason."""
     try:
         yield
     except caught as error:
-        reason = str(getattr(error, "strerror", None) or error)
+        reason = str(getattr(error, "strerror", None) or error) or repr(error)
         raise kind(f"{message}: {' '.join(reason.split())}") from error
 
 
@@ -80,9 +81,12 @@ def join_processes():
     A restart has a part of the store to itself: elsewhere PyTorch 2.13 may find the address of a
     process that is gone.
     """
-    store, rank, world_size = next(dist.rendezvous("env://"))
+    with reraise_as(UserError, "WORLD_SIZE is set, which only torchrun should", ValueError):
+        store, rank, world_size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(store=store, rank=rank, world_size=world_size)
+    # the others wait while process 0 evaluates
+    a_day = datetime.timedelta(days=1)
+    dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=a_day)
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -105,7 +109,6 @@ def any_process(flag: bool) -> bool:
 
 # ==== 1. Config ===================================================================================
 
-ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
 VALIDATION = pydantic.ConfigDict(allow_inf_nan=False, extra="forbid")
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Schedule = Literal["constant", "linear", "cosine", "adaptive"]
@@ -114,25 +117,32 @@ Layers = tuple[Annotated[int, pydantic.Field(ge=1, le=4096)], ...]
 KeyValue = Annotated[str, pydantic.Field(pattern="(?P<KEY>.+)=(?P<VALUE>.*)")]
 
 
+def scientific(value: Any) -> Any:
+    """The number of a text like 3e6, which pydantic takes for no int."""
+    return float(value) if "e" in str(value).lower() else value
+
+
+Int = Annotated[int, pydantic.BeforeValidator(scientific)]
+
+
 def setting(default: Any, meaning: str, **limits: Any) -> Any:
     """A field: its default, its line in `--help`, and its limits in pydantic's terms."""
     return pydantic.Field(default, description=meaning, **limits)
 
 
-def course(value: Any, least: float = 0.0) -> Any:
+def course(value: Any) -> Any:
     """VALUE, or the tuple START END or START END FROM TO. ValueError if it is none of them."""
     numbers = np.array(value, dtype=float, ndmin=1).tolist()
     window = numbers[2:]
     shaped = len(numbers) in (1, 2, 4) and window == sorted(set(window))
-    if not (shaped and np.isfinite(numbers).all() and min(numbers[:2]) >= least):
-        raise ValueError(f"it must be VALUE, START END, or START END FROM TO, at least {least}")
+    if not (shaped and np.isfinite(numbers).all() and min(numbers[:2]) >= 0):
+        raise ValueError("it must be VALUE, START END, or START END FROM TO, at least 0")
     return tuple(numbers) if len(numbers) > 1 else numbers[0]
 
 
 # A setting that may move: from START to END over the run, or while the training return goes from
 # FROM to TO.
 Course = Annotated[Any, pydantic.PlainValidator(course)]
-AnySign = Annotated[Any, pydantic.PlainValidator(functools.partial(course, least=-math.inf))]
 
 
 class Validated:
@@ -161,16 +171,17 @@ class Config(Validated):
 
     env: str = setting("BipedalWalker-v3", "Gymnasium id, or MODULE:ID", pattern=r"\S")
     env_kwargs: tuple[KeyValue, ...] = setting((), "environment arguments, KEY=VALUE")
-    total_timesteps: int = setting(1_000_000, "environment steps of the run", ge=1)
-    seed: int = setting(1, "seed of the whole run", ge=0, lt=2**32)
+    total_timesteps: Int = setting(1_000_000, "environment steps of the run", ge=1)
+    max_episode_steps: Int = setting(10_000, "time limit of environments without one", ge=1)
+    seed: Int = setting(1, "seed of the whole run", ge=0, lt=2**32)
     device: Device = setting("auto", "auto: cuda if present, or cpu")
     out: str = setting(".", "folder for checkpoints_walker/, videos/ and plots/", min_length=1)
     init_from: str | None = setting(None, "checkpoint to start from")
 
     vector_env: Literal["sync", "async", "envpool"] = setting("sync", "how to step environments")
-    num_envs: int = setting(8, "environments per process (N)", ge=1, le=100_000)
-    rollout_steps: int = setting(256, "steps per environment and update (T)", ge=2, le=10**6)
-    step_timeout: float = setting(60.0, "seconds until an async worker counts as hung", gt=0)
+    num_envs: Int = setting(8, "environments per process (N)", ge=1, le=100_000)
+    rollout_steps: Int = setting(256, "steps per environment and update (T)", ge=2, le=10**6)
+    step_timeout: float = setting(60.0, "seconds until a worker counts as hung", gt=0)
     norm_obs: bool = setting(True, "normalize observations")
     norm_reward: bool = setting(True, "scale rewards by the std of returns")
     clip_obs: float = setting(10.0, "clip normalized observations to ± this", gt=0)
@@ -178,7 +189,7 @@ class Config(Validated):
 
     actor_hidden: Layers = setting((64, 64), "layers of the policy", min_length=1)
     critic_hidden: Layers = setting((64, 64), "layers of the critic", min_length=1)
-    activation: Literal["tanh", "relu", "elu", "silu"] = setting("silu", "activation function")
+
     layer_norm: bool = setting(False, "put a LayerNorm before each activation")
     mean_activation: Literal["none", "tanh"] = setting("none", "tanh keeps mean actions within ±1")
     init_std: float = setting(1.0, "initial std of the actions", ge=0.001, le=10)
@@ -195,17 +206,17 @@ class Config(Validated):
     failure_reward: float = setting(1e9, "a termination paid at most this is a failure")
     failure_cost: Course = setting(1.0, "multiply a failure's reward by this")
     action_cost: Course = setting(0.0, "charge this × the sum of |actions|")
-    entropy_coef: AnySign = setting(0.0, "weight of the entropy bonus")
+    entropy_coef: Course = setting(0.0, "weight of the entropy bonus")
     value_coef: float = setting(0.5, "weight of the value loss", ge=0)
     max_grad_norm: float = setting(0.5, "clip the norm of the gradient to this", gt=0)
-    update_epochs: int = setting(5, "passes over each rollout", ge=1)
-    minibatch_size: int = setting(256, "rows per gradient step (B)", ge=2)
+    update_epochs: Int = setting(5, "passes over each rollout", ge=1)
+    minibatch_size: Int = setting(256, "rows per gradient step (B)", ge=2)
     target_kl: float | None = setting(None, "end an update whose KL exceeds 1.5 × this", gt=0)
 
-    eval_every: int = setting(100_000, "steps between evaluations; 0: never", ge=0)
-    eval_episodes: int = setting(10, "episodes per evaluation", ge=1)
-    checkpoint_every: int = setting(0, "steps between kept step_N.pt; 0: keep none", ge=0)
-    record_every: int = setting(0, "steps between videos; 0: only at the end", ge=0)
+    eval_every: Int = setting(100_000, "steps between evaluations; 0: never", ge=0)
+    eval_episodes: Int = setting(10, "episodes per evaluation", ge=1)
+    checkpoint_every: Int = setting(0, "steps between kept step_N.pt; 0: keep none", ge=0)
+    record_every: Int = setting(0, "steps between videos; 0: only at the end", ge=0)
     tensorboard: bool = setting(False, "write metrics for TensorBoard too")
     stop_when_solved: bool = setting(False, "stop as soon as the run is solved")
 
@@ -213,13 +224,15 @@ class Config(Validated):
         if not self.clip_reward[0] < self.clip_reward[1]:
             raise UserError(f"--clip-reward is {self.clip_reward}: it must be LOW < HIGH")
         if self.minibatch_size > self.batch_size:
-            rule = f"at most num_envs × rollout_steps = {self.batch_size}"
-            raise UserError(f"--minibatch-size is {self.minibatch_size}: it must be {rule}")
+            rule = f"it must be at most num_envs × rollout_steps = {self.batch_size}"
+            raise UserError(f"--minibatch-size is {self.minibatch_size}: {rule}")
+        if self.stop_when_solved and self.eval_every == 0:
+            raise UserError("--stop-when-solved needs evaluations: --eval-every is 0")
 
     @classmethod
     def for_env(cls, env: str = "BipedalWalker-v3", **settings: Any) -> Config:
         """Defaults, then the environment's preset, then `settings`."""
-        return cls(**{"env": env, **PRESETS.get(str(env), {}), **settings})
+        return cls(**{"env": env, **PRESETS.get(preset_name(str(env)), {}), **settings})
 
     def at(self, step: int, training_return: float) -> Config:
         """The settings of one iteration: those that move are plain numbers in it.
@@ -254,11 +267,6 @@ class Config(Validated):
         return max(self.batch_size // max(self.minibatch_size, 3), 1)
 
     @property
-    def learning_rates(self) -> tuple[float, float]:
-        """Those of policy and value function at the start."""
-        return self.learning_rate, self.value_learning_rate or self.learning_rate
-
-    @property
     def env_options(self) -> dict:
         """`env_kwargs` as keyword arguments: Python literals where they parse, else strings."""
         options = dict(pair.split("=", 1) for pair in self.env_kwargs)
@@ -279,31 +287,37 @@ BIPEDAL: dict = {
 }  # fmt: skip
 MUJOCO: dict = {"update_epochs": 10, "max_grad_norm": 1.0}
 PRESETS: dict = {
-    "BipedalWalker-v3": {
-        **BIPEDAL, "total_timesteps": 3_000_000, "gamma": 0.98,
+    "BipedalWalker-v3": BIPEDAL | {
+        "total_timesteps": 3_000_000, "gamma": 0.98, "action_cost": (0.0, 0.3, 150.0, 280.0),
         "entropy_coef": (0.006, 0.0, 100.0, 230.0), "failure_cost": (0.2, 20.0, 100.0, 335.0),
-        "action_cost": (0.0, 0.3, 150.0, 280.0),
     },
-    "BipedalWalkerHardcore-v3": {
-        **BIPEDAL, "total_timesteps": 30_000_000, "desired_kl": (0.015, 0.0),
-        "actor_hidden": (128, 128), "critic_hidden": (128, 128),
+    "BipedalWalkerHardcore-v3": BIPEDAL | {
+        "total_timesteps": 40_000_000, "actor_hidden": (128, 128), "critic_hidden": (128, 128),
+        "eval_every": 1_000_000, "eval_episodes": 40,
+        "desired_kl": (0.015, 0.0), "action_cost": (0.0, 0.28, 230.0, 290.0),
         "entropy_coef": (0.006, 0.0, 100.0, 220.0), "failure_cost": (0.08, 20.0, 60.0, 285.0),
-        "action_cost": (0.0, 0.28, 230.0, 290.0),
     },
-    "HalfCheetah-v5": {
-        **MUJOCO, "minibatch_size": 64, "init_std": 0.4, "gamma": 0.98, "gae_lambda": 0.92,
+    "HalfCheetah-v5": MUJOCO | {
+        "minibatch_size": 64, "init_std": 0.4, "gamma": 0.98, "gae_lambda": 0.92,
     },
-    "Walker2d-v5": {**MUJOCO, "minibatch_size": 64, "init_std": 0.5},
-    "Humanoid-v5": {
-        **MUJOCO, "total_timesteps": 10_000_000, "lr_schedule": "adaptive", "desired_kl": 0.03,
-        "gamma": 0.97, "init_std": 0.2,
+    "Walker2d-v5": MUJOCO | {"minibatch_size": 64, "init_std": 0.5},
+    "Humanoid-v5": MUJOCO | {
+        "total_timesteps": 10_000_000, "lr_schedule": "adaptive", "desired_kl": 0.03,
+        "gamma": 0.97, "init_std": 0.5,
     },
     "LunarLander-v3": {"num_envs": 16, "learning_rate": 1e-3, "gamma": 0.999, "gae_lambda": 0.98},
+    "Acrobot-v1": {"norm_obs": False},
     "CarRacing-v3": {
         "total_timesteps": 300_000, "update_epochs": 10, "init_std": 0.2,
         "actor_hidden": (256,), "critic_hidden": (256,),
     },
 }  # fmt: skip
+
+
+def preset_name(env: str) -> str:
+    """The name without MODULE:, and with the version of a preset if it has none."""
+    name = env.rpartition(":")[2]
+    return next((known for known in PRESETS if known.rpartition("-v")[0] == name), name)
 
 
 def saved_settings(config: Config) -> dict:
@@ -327,25 +341,17 @@ def env_seeds(seed: int, stream: int, count: int, rank: int = 0, step: int = 0) 
     return [int(word) >> 1 for word in words]
 
 
-def seed_everything(seed: int, rank: int, step: int):
-    """Seed Python, NumPy and torch from the run's seed, the rank and the absolute step.
-
-    Called before every iteration, so that a resumed run draws what it would have drawn.
-    """
-    [word] = env_seeds(seed, LEARN, 1, rank, step)
-    random.seed(word)
-    np.random.seed(word)
-    torch.manual_seed(word)
+def seed_generators(seed: int):
+    """Seed the global generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
-def is_vector(space: gym.Space) -> bool:
-    return isinstance(space, Box) and len(space.shape) == 1 and space.dtype.kind == "f"
-
-
-def is_image(space: gym.Space) -> bool:
-    """Whether it is (height, width, colors); halved, the convolutions need at least 20 pixels."""
+def is_image(space: gym.Space, channels: int = 0) -> bool:
+    """Whether it holds bytes, with that axis for channels; the convolutions need 20 pixels."""
     fits = isinstance(space, Box) and len(space.shape) == 3 and space.dtype == np.uint8
-    return fits and min(space.shape[:2]) >= 40
+    return fits and min(np.delete(space.shape, channels)) >= 20
 
 
 def gray_half(image: np.ndarray) -> np.ndarray:
@@ -353,83 +359,149 @@ def gray_half(image: np.ndarray) -> np.ndarray:
     return image[::2, ::2].mean(axis=-1).astype(np.uint8)
 
 
+def channels_first(image: np.ndarray) -> np.ndarray:
+    return np.moveaxis(image, -1, 0)
+
+
+def arrange_images(env: gym.Env) -> gym.Env:
+    """Put channels first. Of colored images, show the last four, in gray and halved.
+
+    Other channels than three may be the layers of a map, or images that are stacked already.
+    """
+    space = env.observation_space
+    if not is_image(space, channels=-1):
+        return env
+    is_colored = space.shape[-1] == 3 and min(space.shape[:2]) >= 40
+    change = gray_half if is_colored else channels_first
+    changed = Box(0, 255, change(space.low).shape, np.uint8)
+    env = gym.wrappers.TransformObservation(env, change, changed)
+    return gym.wrappers.FrameStackObservation(env, 4) if is_colored else env
+
+
+def network_space(space: gym.Space) -> Box:
+    """What the networks see of observations: (channels, height, width) of bytes, or a vector.
+
+    ValueError, NotImplementedError if it cannot be flattened to at most 20,000 numbers.
+    """
+    if is_image(space):
+        return space
+    size = gym.spaces.flatdim(space)
+    if size > 20_000:
+        raise ValueError(f"{size:,} numbers are over 20,000, and no image")
+    # float32 would round large whole numbers
+    return Box(-np.inf, np.inf, (size,), np.float32 if space.dtype == np.float32 else float)
+
+
+def choices_of(space: gym.Space) -> list[int]:
+    """How many choices each number of a discrete action has; none for a Box."""
+    if isinstance(space, Discrete | MultiDiscrete):
+        return np.ravel(space.n if isinstance(space, Discrete) else space.nvec).tolist()
+    if not isinstance(space, Box | MultiBinary):
+        raise NotImplementedError(f"no policy for actions of {space}")
+    return [2] * math.prod(space.shape) if isinstance(space, MultiBinary) else []
+
+
 def check_finite(name: str, obs: np.ndarray, reward: float = 0.0):
-    """TrainingError if an environment returned a number that is not finite."""
+    """TrainingError if an environment returned a number that is not finite in float32."""
     for what, value in (("observation", obs), ("reward", reward)):
-        if not np.isfinite(value).all():
+        if not (np.abs(value) <= np.finfo(np.float32).max).all():
             raise TrainingError(f"{name}: its {what} is not finite")
 
 
 class NamedEnv(gym.Wrapper):
-    """Turns what goes wrong in an environment into a TrainingError that says in which."""
+    """An environment as the trainer wants it; what goes wrong is a TrainingError that names it.
 
-    def __init__(self, env: gym.Env, name: str):
+    Observations are new arrays, as `network_space` says. Infos and options are left out, as
+    nothing uses them.
+    """
+
+    def __init__(self, env: gym.Env, name: str, timeout: float | None = None):
         super().__init__(env)
-        self.name = name
+        self.name, self.timeout = name, timeout
+        self.observation_space = network_space(env.observation_space)
 
-    def reset(self, **kwargs):
-        obs, info = self._call(self.env.reset, **kwargs)
-        check_finite(self.name, obs)
-        return obs, info
+    def reset(self, *, seed=None, options=None):
+        with self._blame():
+            if seed is not None:
+                self.unwrapped.observation_space.seed(seed)
+                self.unwrapped.action_space.seed(seed)
+            obs, _ = self.env.reset(seed=seed)
+            return self._convert(obs), {}
 
     def step(self, action):
-        obs, reward, *others = self._call(self.env.step, action)
-        check_finite(self.name, obs, reward)
-        return obs, reward, *others
+        with self._blame():
+            obs, reward, terminated, truncated, _ = self.env.step(action)
+            if np.size(reward) != 1:
+                raise ValueError(f"its reward has shape {np.shape(reward)}, not ()")
+            reward = float(np.reshape(reward, ()))
+            return self._convert(obs, reward), reward, bool(terminated), bool(truncated), {}
 
     def render(self):
-        return self._call(self.env.render)
+        with self._blame():
+            return self.env.render()
 
-    def _call(self, function, *args, **kwargs):
+    def close(self):
+        # what it cannot close is lost anyway
+        with contextlib.suppress(TrainingError), self._blame():
+            self.env.close()
+
+    def _convert(self, obs, reward: float = 0.0) -> np.ndarray:
+        space = self.env.observation_space
+        if isinstance(space, Box) and np.shape(obs) != space.shape:
+            raise ValueError(f"its observation has shape {np.shape(obs)}, not {space.shape}")
+        if not is_image(space):
+            obs = gym.spaces.flatten(space, obs)
+        obs = np.array(obs, self.observation_space.dtype)
+        check_finite(self.name, obs, reward)
+        return obs
+
+    @contextlib.contextmanager
+    def _blame(self):
+        if self.timeout is not None:
+            # then ends this process, a worker
+            signal.setitimer(signal.ITIMER_REAL, self.timeout)
         try:
-            return function(*args, **kwargs)
-        # any Exception: the environment is not our code
-        except Exception as error:
+            yield
+        except (KeyboardInterrupt, TrainingError):
+            raise
+        # anything, even SystemExit: the environment is not our code
+        except BaseException as error:
             raise TrainingError(f"{self.name}: {error!r}") from error
+        finally:
+            if self.timeout is not None:
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def make_env(config: Config, render_mode=None, name="environment") -> gym.Env:
-    """One environment of the run. UserError if Gymnasium cannot make it or PPO cannot use it."""
+def make_env(config: Config, render_mode=None, name="environment", watch=False) -> gym.Env:
+    """One environment of the run; `watch` ends this process if a step hangs.
+
+    UserError if Gymnasium cannot make it or PPO cannot use it.
+    """
     options = config.env_options | ({} if render_mode is None else {"render_mode": render_mode})
     # any Exception: it comes from the environment's code
-    with reraise_as(UserError, f"--env {config.env} cannot be made", Exception):
-        # the exception alone says it, in one line
-        with warnings.catch_warnings(action="ignore"):
-            env = gym.make(config.env, disable_env_checker=True, **options)
-    # four images in a row show speed
-    if is_image(env.observation_space):
-        small = Box(0, 255, gray_half(env.observation_space.low).shape, np.uint8)
-        env = gym.wrappers.TransformObservation(env, gray_half, small)
-        env = gym.wrappers.FrameStackObservation(env, 4)
-    elif not is_vector(env.observation_space):
-        raise UserError(f"--env {config.env}: observations must be a float vector or an image")
-    if not (is_vector(env.action_space) or isinstance(env.action_space, Discrete)):
-        raise UserError(f"--env {config.env}: actions must be a float vector or Discrete")
-    if config.action_cost and not is_vector(env.action_space):
-        raise UserError(f"--action-cost: the actions of {config.env} are no float vector")
-    return NamedEnv(env, name)
+    failed = reraise_as(UserError, f"--env {config.env} cannot be made", Exception, SystemExit)
+    # without warnings: the exception alone says it, in one line
+    with failed, warnings.catch_warnings(action="ignore"):
+        env = gym.make(config.env, disable_env_checker=True, **options)
+    if config.action_cost and not isinstance(env.action_space, Box):
+        raise UserError(f"--action-cost: the actions of {config.env} are no Box")
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, config.max_episode_steps)
+    unsupported = f"--env {config.env}: its spaces are not supported"
+    with reraise_as(UserError, unsupported, ValueError, NotImplementedError):
+        choices_of(env.action_space)
+        # Windows has no setitimer
+        watch = watch and hasattr(signal, "setitimer")
+        return NamedEnv(arrange_images(env), name, config.step_timeout if watch else None)
 
 
 class WorkerVectorEnv(AsyncVectorEnv):
-    """AsyncVectorEnv with a timeout on reset and step, which kills its workers on close."""
+    """AsyncVectorEnv that says in one line what failed, and kills its workers on close."""
 
-    def __init__(self, makers, timeout: float):
-        super().__init__(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
-        self.timeout = timeout
-
-    def reset(self, **kwargs):
-        with self._report_failure():
-            self.reset_async(**kwargs)
-            return self.reset_wait(self.timeout)
-
-    def step(self, actions):
-        with self._report_failure():
-            self.step_async(actions)
-            return self.step_wait(self.timeout)
-
-    def _report_failure(self):
-        hung_or_died = (multiprocessing.TimeoutError, EOFError, ConnectionError)
-        return reraise_as(TrainingError, "a worker process failed", *hung_or_died)
+    def _raise_if_errors(self, successes):
+        # without Gymnasium's log of the traceback
+        if not all(successes):
+            raise self.error_queue.get()[2]
 
     def close_extras(self, **_kwargs):
         for process in self.processes:
@@ -437,12 +509,23 @@ class WorkerVectorEnv(AsyncVectorEnv):
             process.join()
 
 
-def make_in_worker(make: Callable) -> gym.Env:
-    """What `make` makes, for AsyncVectorEnv."""
-    # None: it makes one in the main process too, for its spaces
-    if multiprocessing.parent_process() is not None:
-        prepare_worker()
-    return make()
+def make_in_worker(make: Callable, seed: int, main_process: int) -> gym.Env:
+    """What `make` makes, in a worker process of AsyncVectorEnv."""
+    # it makes one in the main process too, for its spaces
+    if os.getpid() == main_process:
+        return make()
+    prepare_worker()
+    # for environments that draw from the global generators
+    seed_generators(seed)
+    # SystemExit: the worker prints it and ends
+    with reraise_as(SystemExit, "walker.py", UserError):
+        return make(watch=True)
+
+
+def worker_failure() -> contextlib.AbstractContextManager:
+    """Says in one line that a worker process is gone."""
+    what = "a worker process died, or took longer than --step-timeout"
+    return reraise_as(TrainingError, what, BrokenExecutor, EOFError, ConnectionError)
 
 
 def prepare_worker():
@@ -454,6 +537,8 @@ def prepare_worker():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(os, "setpgid"):  # not on Windows
         os.setpgid(0, 0)
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")
     threading.Thread(target=exit_with_main_process, daemon=True).start()
     torch.set_num_threads(1)
     # what exists now is no garbage: collecting that of an episode takes 5 ms, not 300
@@ -469,11 +554,16 @@ def make_envpool(config: Config, env: gym.Env, seeds) -> VectorEnv:
     """EnvPool's N environments."""
     with reraise_as(UserError, "--vector-env envpool needs `pip install envpool`", ImportError):
         import envpool
-    if config.env not in envpool.list_all_envs() or not is_vector(env.observation_space):
+    name, shape = env.spec.id, env.unwrapped.observation_space.shape
+    if name not in envpool.list_all_envs() or shape != env.observation_space.shape:
         raise UserError(f"--vector-env envpool has no {config.env} of vectors: use sync")
     threads = max(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     options = {"num_envs": config.num_envs, "seed": list(seeds), "num_threads": threads}
-    return envpool.make_gymnasium(config.env, **options, **config.env_options)
+    # any Exception: its arguments are its own
+    with reraise_as(UserError, f"--env-kwargs of EnvPool's {name}", Exception):
+        if config.env_options.get("max_episode_steps", 1) < 1:
+            raise ValueError("max_episode_steps must be at least 1")
+        return envpool.make_gymnasium(name, **options, **config.env_options)
 
 
 def make_vector_env(config: Config, env: gym.Env, seeds) -> tuple:
@@ -488,12 +578,15 @@ def make_vector_env(config: Config, env: gym.Env, seeds) -> tuple:
         functools.partial(make_env, config, name=f"environment {i}, first reset with seed {seed}")
         for i, seed in enumerate(seeds)
     ]
-    if config.vector_env == "sync":
-        envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
-    else:
-        makers = [functools.partial(make_in_worker, make) for make in makers]
-        envs = WorkerVectorEnv(makers, config.step_timeout)
-    return envs, envs.reset(seed=list(seeds))[0]
+    with worker_failure():
+        if config.vector_env == "sync":
+            envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+        else:
+            spawn = functools.partial(make_in_worker, main_process=os.getpid())
+            makers = [functools.partial(spawn, *pair) for pair in zip(makers, seeds, strict=True)]
+            # no daemons: they may start processes of their own
+            envs = WorkerVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP, daemon=False)
+        return envs, envs.reset(seed=list(seeds))[0]
 
 
 class RunningMeanStd(nn.Module):
@@ -533,8 +626,9 @@ class ObservationNormalizer(RunningMeanStd):
     """
 
     def __init__(self, config: Config, space: Box):
-        super().__init__(space.shape if is_vector(space) else ())
-        self.enabled = is_vector(space) and config.norm_obs
+        is_vector = len(space.shape) == 1
+        super().__init__(space.shape if is_vector else ())
+        self.enabled = is_vector and config.norm_obs
         self.clip = config.clip_obs
 
     def normalize(self, obs: np.ndarray) -> Tensor:
@@ -603,23 +697,29 @@ def make_network(space: Box, hidden, outputs: int, config: Config, out_gain) -> 
         layers.append(orthogonal(nn.Linear(inputs, size)))
         if config.layer_norm:
             layers.append(nn.LayerNorm(size))
-        layers.append(ACTIVATIONS[config.activation]())
+        layers.append(nn.SiLU())
         inputs = size
     layers.append(orthogonal(nn.Linear(inputs, outputs), out_gain))
     return nn.Sequential(*layers)
 
 
 class ActorCritic(nn.Module):
-    """A policy, Gaussian or for Discrete actions categorical, and a value function: two networks.
+    """A policy, Gaussian or of discrete choices, and a value function: two networks.
 
-    Observations (B, *O) are normalized; actions are unclipped (B, A), or numbers (B,).
+    Observations (B, *O) are normalized. Actions (B, A) are unclipped numbers, of which ±1 are the
+    bounds of a Box that has some, or numbers of choices.
     """
 
-    def __init__(self, obs_space: Box, action_space: Box | Discrete, config: Config):
+    def __init__(self, obs_space: Box, action_space: gym.Space, config: Config):
         super().__init__()
         self.config = config
-        self.discrete = isinstance(action_space, Discrete)
-        outputs = int(action_space.n) if self.discrete else action_space.shape[0]
+        choices = torch.tensor(choices_of(action_space))
+        self.discrete = len(choices) > 0
+        outputs = math.prod(action_space.shape)
+        if self.discrete:
+            # (A, C): those with fewer than C choices lack the last ones
+            self.lacking = torch.arange(choices.max()) >= choices[:, None]
+            outputs = self.lacking.numel()
         self.state_dependent_std = config.state_dependent_std and not self.discrete
         actor_outputs = 2 * outputs if self.state_dependent_std else outputs
         self.actor = make_network(obs_space, config.actor_hidden, actor_outputs, config, 0.01)
@@ -630,10 +730,13 @@ class ActorCritic(nn.Module):
             self.raw_std = nn.Parameter(torch.full((outputs,), raw_std))
 
     def distribution(self, obs: Tensor):
-        """The policy at normalized observations, a torch.distributions object."""
+        """The policy at normalized observations, one of torch.distributions."""
         outputs = self.actor(obs)
         if self.discrete:
-            return torch.distributions.Categorical(logits=outputs, validate_args=False)
+            lacking = self.lacking.to(outputs.device)
+            logits = outputs.unflatten(-1, lacking.shape).masked_fill(lacking, -1e9)
+            choice = torch.distributions.Categorical(logits=logits, validate_args=False)
+            return torch.distributions.Independent(choice, 1, validate_args=False)
         mean, raw_std = outputs, self.raw_std
         if self.state_dependent_std:
             mean, change = outputs.chunk(2, dim=-1)
@@ -664,13 +767,26 @@ class ActorCritic(nn.Module):
         return self.distribution(obs).mode
 
 
-def env_actions(actions: Tensor, space: Box | Discrete) -> np.ndarray:
-    """Actions as environments take them: clipped to a Box, or a Discrete's own numbers."""
+def action_scale(space: Box) -> tuple[np.ndarray, np.ndarray]:
+    """The center and the half range of a Box, *A each; 0 and 1 where it has no bounds."""
+    low, high = space.low.astype(float), space.high.astype(float)
+    bounded = high - low < 1e30
+    low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
+    return (low + high) / 2, (high - low) / 2
+
+
+def env_actions(actions: Tensor, space: gym.Space) -> np.ndarray:
+    """The policy's actions (..., A) as an environment takes them, (..., *space.shape).
+
+    ±1 are mapped to the bounds of a Box; choices are counted from a space's own start.
+    """
     # sync point: the environments are on the CPU
-    array = actions.cpu().numpy()
-    if isinstance(space, Discrete):
-        return array.astype(np.int64) + space.start
-    return np.clip(array, space.low, space.high)
+    array = actions.cpu().numpy().reshape(*actions.shape[:-1], *space.shape)
+    if not isinstance(space, Box):
+        return array.astype(space.dtype) + getattr(space, "start", 0)
+    center, half = action_scale(space)
+    array = np.clip(center + half * array, space.low, space.high)
+    return (array if space.dtype.kind == "f" else array.round()).astype(space.dtype)
 
 
 # ==== 4. Rollout ==================================================================================
@@ -685,7 +801,8 @@ class Rollout:
         self.obs = first_obs.new_zeros(T + 1, *first_obs.shape)
         self.obs[-1] = first_obs
         # unclipped
-        self.actions = first_obs.new_zeros(T, N, *env.action_space.shape)
+        width = len(choices_of(env.action_space)) or math.prod(env.action_space.shape)
+        self.actions = first_obs.new_zeros(T, N, width)
         self.logprobs = first_obs.new_zeros(T, N)
         # raw
         self.rewards = first_obs.new_zeros(T, N)
@@ -777,30 +894,34 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda) -> tu
     return advantages, advantages + values[:-1]
 
 
-def learned_rewards(rewards, actions, terminated, space, config: Config) -> tuple:
+def learned_rewards(rewards, actions, terminated, config: Config) -> tuple:
     """What is learned from: rewards less the cost of actions, failures at their own cost.
 
-    Tensors rewards, terminated: (...,); actions: (..., A), unclipped. A failure is a termination
-    that pays at most `failure_reward`. Returns rewards and which are failures; what stands on
-    reset rows is unspecified.
+    Tensors rewards, terminated: (T, N) or (T,); actions: those and the environment's own shape. A
+    failure is a termination that pays at most `failure_reward`. Returns rewards and which are
+    failures; what stands on reset rows is unspecified.
     """
     failed = terminated & (rewards <= config.failure_reward)
     learned = torch.where(failed, rewards * config.failure_cost, rewards)
     if config.action_cost > 0:
-        low, high = torch.from_numpy(np.stack([space.low, space.high])).to(actions.device)
-        learned = learned - config.action_cost * actions.clamp(low, high).abs().sum(-1)
+        amounts = actions.abs().reshape(*rewards.shape, -1).sum(-1)
+        learned = learned - config.action_cost * amounts.to(learned)
     return learned, failed
 
 
 class Batch(NamedTuple):
     """The transitions of a rollout, or of a minibatch, without reset rows. B rows."""
 
-    obs: Tensor  # (B, *O) normalized
-    actions: Tensor  # (B, A) unclipped, or (B,) numbers
-    logprobs: Tensor  # (B,) when collected
-    values: Tensor  # (B,) when collected
-    advantages: Tensor  # (B,) with mean 0 and std 1 over the rollout
-    returns: Tensor  # (B,)
+    # (B, *O) normalized, and (B, A) as the policy gave them
+    obs: Tensor
+    actions: Tensor
+    # (B,) when collected
+    logprobs: Tensor
+    values: Tensor
+    # (B,) with mean 0 and std 1 over the rollout
+    advantages: Tensor
+    # (B,)
+    returns: Tensor
 
     def select(self, rows: Tensor) -> Batch:
         return Batch._make(tensor[rows] for tensor in self)
@@ -809,9 +930,8 @@ class Batch(NamedTuple):
 @torch.no_grad()
 def make_batch(rollout: Rollout, agent: ActorCritic, reward_normalizer, config: Config) -> Batch:
     """Advantages and returns of the normalized rewards; reset rows are dropped."""
-    rewards, failed = learned_rewards(
-        rollout.rewards, rollout.actions, rollout.terminated, rollout.action_space, config
-    )
+    taken = torch.from_numpy(env_actions(rollout.actions, rollout.action_space))
+    rewards, failed = learned_rewards(rollout.rewards, taken, rollout.terminated, config)
     rewards = reward_normalizer.normalize(rewards, rollout.valid, rollout.discounted_return)
     values = agent.value(rollout.obs.flatten(0, 1)).view(len(rollout.obs), -1)  # (T + 1, N)
     # only failures stop the bootstrap, any ending the λ-trace
@@ -937,8 +1057,8 @@ def schedule_learning_rates(optimizer: optim.Optimizer, config: Config, step: in
     factors = {"constant": 1.0, "linear": 1 - progress}
     factors["cosine"] = 0.5 * (1 + math.cos(math.pi * progress))
     if config.lr_schedule in factors:
-        for group, rate in zip(optimizer.param_groups, config.learning_rates, strict=True):
-            group["lr"] = rate * factors[config.lr_schedule]
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factors[config.lr_schedule]
 
 
 # ==== 7. Evaluate =================================================================================
@@ -959,56 +1079,84 @@ class Policy(NamedTuple):
         return env_actions(actions, self.action_space)
 
 
-def play(act: Callable, config: Config, seeds, render=None) -> Iterator[tuple]:
+def play(act: Callable, config: Config, seeds, render=None, watch=False) -> Iterator[tuple]:
     """One deterministic episode for each seed; yields (environment, step) after each step.
 
     A step is a dict of what it began with, was given, and led to. `render` is a render mode.
     """
     for episode, seed in enumerate(seeds):
         # a new environment, as a Box2D world keeps traces of the last episode
-        with make_env(config, render, f"environment, first reset with seed {seed}") as env:
+        with make_env(config, render, f"environment, first reset with seed {seed}", watch) as env:
             obs, _ = env.reset(seed=seed)
             ended = False
             while not ended:
                 # a batch of one: a row's last digits depend on how many there are
                 [action] = act(obs[None])
-                next_obs, reward, terminated, truncated, _ = env.step(action)
+                next_obs, reward, terminated, truncated, _ = env.step(action.copy())
                 step = {"episode": episode, "observations": obs, "actions": action}
                 step.update(rewards=reward, terminated=terminated, next_observations=next_obs)
                 yield env, step
                 obs, ended = next_obs, terminated or truncated
 
 
-def play_one(saved_act: bytes, config: Config, seed: int) -> tuple[float, int]:
-    """The raw return and the length of one episode, in a worker process, on the CPU."""
+def map_in_workers(task: Callable, arguments, stop=None, known=None) -> list:
+    """task(argument) for each argument, in their order, in worker processes on all cores.
+
+    Raises what a task raises, TrainingError if a worker dies, and CancelledError at a signal that
+    `stop`, a StopSignals, has received, unless it is `known`. None of them is left in the end,
+    whatever it is doing.
+    """
+    # a process that has run JAX cannot be forked
+    context = multiprocessing.get_context("spawn" if "jax" in sys.modules else None)
+    pool = ProcessPoolExecutor(min(os.cpu_count(), len(arguments)), context, prepare_worker)
+    try:
+        with worker_failure():
+            futures = [pool.submit(task, argument) for argument in arguments]
+            for future in futures:
+                done = False
+                while not done:
+                    if stop and stop.received != known:
+                        raise CancelledError("stopped by a signal")
+                    done = wait([future], timeout=0.2).done
+            return [future.result() for future in futures]
+    finally:
+        # Python 3.14 has kill_workers for it
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        pool.shutdown()
+
+
+def play_in_worker(saved_act: bytes, config: Config, seed: int, render=None) -> Iterator[tuple]:
+    """Like `play`, of one episode, on the CPU."""
+    # for environments that draw from the global generators
+    seed_generators(seed)
     act = torch.load(io.BytesIO(saved_act), "cpu", weights_only=False)
-    rewards = [float(step["rewards"]) for _, step in play(act, config, [seed])]
+    return play(act, config, [seed], render=render, watch=True)
+
+
+def play_one(saved_act: bytes, config: Config, seed: int) -> tuple[float, int]:
+    """The raw return and the length of one episode."""
+    rewards = [float(step["rewards"]) for _, step in play_in_worker(saved_act, config, seed)]
     # Box2D worlds are in reference cycles, 300 KB each
     gc.collect()
     return sum(rewards), len(rewards)
 
 
-def evaluate_policy(act: Callable, config: Config, seeds, pool, stop=None) -> tuple:
+def to_bytes(value: Any) -> bytes:
+    """What torch.save writes."""
+    data = io.BytesIO()
+    torch.save(value, data)
+    return data.getvalue()
+
+
+def evaluate_policy(act: Callable, config: Config, seeds, run=map_in_workers) -> tuple:
     """Raw returns and lengths, (episodes,) each, of one deterministic episode for each seed.
 
-    They are played in the processes of `pool`; every one counts, in the order of the seeds: to
-    count the first to finish would favor falls. Touches no training state. CancelledError if
-    `stop`, a StopSignals, receives one on the way.
+    Every one counts, in the order of the seeds: to count the first to finish would favor falls.
+    Touches no training state. Raises what `run` raises, which is like `map_in_workers`.
     """
-    saved_act = io.BytesIO()
-    torch.save(act, saved_act)
-    task = functools.partial(play_one, saved_act.getvalue(), config)
-    results = []
-    with (
-        reraise_as(TrainingError, "a worker process failed", BrokenExecutor),
-        # closing cancels those that have not begun
-        contextlib.closing(pool.map(task, seeds)) as episodes,
-    ):
-        for episode in episodes:
-            results.append(episode)
-            if stop is not None and stop.received is not None:
-                raise CancelledError
-    returns, lengths = np.transpose(results)
+    task = functools.partial(play_one, to_bytes(act), config)
+    returns, lengths = np.transpose(run(task, seeds))
     return returns, lengths
 
 
@@ -1017,9 +1165,10 @@ def evaluate_policy(act: Callable, config: Config, seeds, pool, stop=None) -> tu
 LAST = "checkpoints_walker/last.pt"
 BEST = "checkpoints_walker/best.pt"
 
-# parts of a Learner: those that act, and all that training changes
+# parts of a Learner: those that act, those with the scale of values, and all that training changes
 POLICY = ("agent", "obs_normalizer")
-LEARNED = (*POLICY, "optimizer", "reward_normalizer")
+JUDGED_POLICY = (*POLICY, "reward_normalizer")
+LEARNED = (*JUDGED_POLICY, "optimizer")
 
 
 @contextlib.contextmanager
@@ -1028,7 +1177,8 @@ def atomic_path(path: Path):
 
     TrainingError if that fails; what was there before stays.
     """
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    # other programs may write there too
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     with reraise_as(TrainingError, f"{path} cannot be written", OSError):
         try:
             yield temporary
@@ -1062,6 +1212,17 @@ class Counters(Validated):
     solved_step: pydantic.NonNegativeInt | None = None
 
 
+def provenance() -> dict:
+    """The command, versions and machine of this process, for readers; a commit if there is one."""
+    found = {"command": sys.argv, "python": sys.version, "platform": platform.platform()}
+    for name in {"torch", "gymnasium", "numpy", "envpool"} & set(sys.modules):
+        found[name] = str(sys.modules[name].__version__)
+    git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        found["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return found
+
+
 class Learner:
     """Everything that a checkpoint holds: networks, optimizer, normalizers and counters."""
 
@@ -1074,7 +1235,8 @@ class Learner:
         # the return that counts as solved, or None
         self.threshold = self.env.spec.reward_threshold
         # of films and of simulated time
-        self.fps = self.env.metadata.get("render_fps", 30)
+        fps = self.env.metadata.get("render_fps")
+        self.fps = float(fps) if isinstance(fps, int | float | np.number) and fps > 0 else 30.0
         obs_space, action_space = self.env.observation_space, self.env.action_space
         self.agent = ActorCritic(obs_space, action_space, config).to(self.device)
         self.optimizer = self._make_optimizer()
@@ -1082,6 +1244,10 @@ class Learner:
         self.reward_normalizer = RewardNormalizer(config)
         self.act = Policy(self.agent, self.obs_normalizer, action_space).act
         self.counters = Counters()
+        # False within an update
+        self.is_whole = True
+        # which run it is, and what made it
+        self.about = {"run": os.urandom(8).hex()}
         # when last.pt was written
         self.saved_at = -math.inf
         # how long the latest checkpoint took to write
@@ -1090,8 +1256,9 @@ class Learner:
     def _make_optimizer(self) -> optim.Optimizer:
         policy = [p for name, p in self.agent.named_parameters() if not name.startswith("critic.")]
         parts = policy, self.agent.critic.parameters()
-        rates = zip(parts, self.config.learning_rates, strict=True)
-        groups = [{"params": part, "lr": rate} for part, rate in rates]
+        rate = self.config.learning_rate
+        rates = zip(parts, (rate, self.config.value_learning_rate or rate), strict=True)
+        groups = [{"params": part, "lr": rate, "initial_lr": rate} for part, rate in rates]
         return optim.Adam(groups, eps=1e-5, fused=True)
 
     @torch.no_grad()
@@ -1110,13 +1277,12 @@ class Learner:
         """
         began = time.perf_counter()
         state = {part: getattr(self, part).state_dict() for part in LEARNED}
-        state.update(format=CHECKPOINT_FORMAT, version=__version__)
+        state.update(format=CHECKPOINT_FORMAT, version=__version__, about=self.about)
         state.update(config=saved_settings(self.config), counters=vars(self.counters))
-        data = io.BytesIO()
         # not into the file: it makes a RuntimeError of a full disk
-        torch.save(state, data)
+        data = to_bytes(state)
         with atomic_path(Path(self.config.out, name)) as temporary:
-            temporary.write_bytes(data.getvalue())
+            temporary.write_bytes(data)
         self.save_s = time.perf_counter() - began
 
     def load(self, state: dict, source, parts: Sequence[str]):
@@ -1145,6 +1311,8 @@ def load_checkpoint(path, env: str | None = None) -> dict:
                 raise ValueError("a checksum or a header is wrong")
         state = torch.load(io.BytesIO(data), "cpu", weights_only=True)
         version, number, saved_env = state["version"], state["format"], str(state["config"]["env"])
+        # tells whose it is
+        state["about"]["run"]
     except Exception:
         # a damaged or forged file can raise anything
         raise UserError(f"{path} is no checkpoint of this program, or a damaged one") from None
@@ -1180,6 +1348,7 @@ def resume_learner(config: Config, source) -> Learner:
             raise UserError(f"--{flag_name(name)} is {new!r}, but {source} has {old!r}")
     learner = Learner(config)
     learner.load(state, source, LEARNED)
+    learner.about["run"] = state["about"]["run"]
     # best.pt may be newer than the checkpoint, or have stayed in another folder
     learner.counters.best_return, best = -math.inf, Path(config.out, BEST)
     if best.exists():
@@ -1187,18 +1356,21 @@ def resume_learner(config: Config, source) -> Learner:
     return learner
 
 
-def load_learner(checkpoint, env: str | None = None, device: str = "auto") -> Learner:
+def load_learner(checkpoint, env: str | None = None, device="auto", env_kwargs=()) -> Learner:
     """A trained policy with its statistics: `load_learner(path).act(obs)`.
 
-    `env` is another environment to play in. UserError if the file is no checkpoint or does not fit.
+    `env` is another environment to play in, `env_kwargs` are other arguments ("KEY=VALUE", …).
+    UserError if the file is no checkpoint or does not fit.
     """
     state = load_checkpoint(checkpoint, env)
     config = config_from(state["config"], checkpoint)
     changes = {"device": device}
     if env not in (None, config.env):
         changes.update(env=env, env_kwargs=())
+    if env_kwargs:
+        changes.update(env_kwargs=env_kwargs)
     learner = Learner(dataclasses.replace(config, **changes))
-    learner.load(state, checkpoint, (*POLICY, "reward_normalizer"))
+    learner.load(state, checkpoint, JUDGED_POLICY)
     return learner
 
 
@@ -1211,16 +1383,22 @@ CSV_COLUMNS = [
     "approx_kl", "clip_fraction", "explained_variance", "action_std", "grad_norm", "learning_rate",
     "training_return", *COURSES,
 ]  # fmt: skip
+# Names that dashboards know; the others are in train/.
+BOARD_NAMES = {
+    "return_mean": "rollout/ep_rew_mean", "length_mean": "rollout/ep_len_mean",
+    "eval_return_mean": "eval/mean_reward", "steps_per_s": "time/fps",
+}  # fmt: skip
 METRICS_CSV = "checkpoints_walker/metrics.csv"
 CONFIG_JSON = "checkpoints_walker/config.json"
 TENSORBOARD = "checkpoints_walker/tensorboard"
 FILM = "videos/walker_final.mp4"
 CURVES = "plots/training_curves.png"
-# All that a run writes below --out, as patterns.
+# What a killed run leaves below --out, and all that a run writes, as patterns.
+HALF_WRITTEN = ["checkpoints_walker/.*.tmp.*"]
 RUN_FILES = [
     LAST, BEST, METRICS_CSV, CONFIG_JSON, CURVES, FILM, "videos/walker_final.gif",
     "checkpoints_walker/step_[0-9]*.pt", "videos/step_[0-9]*.mp4", "videos/step_[0-9]*.gif",
-    f"{TENSORBOARD}/events.*",
+    f"{TENSORBOARD}/events.*", *HALF_WRITTEN,
 ]  # fmt: skip
 
 
@@ -1231,41 +1409,66 @@ def make_folders(*folders: Path):
             folder.mkdir(parents=True, exist_ok=True)
 
 
-def claim_folder(out: Path, resume, overwrite: bool) -> FileLock:
-    """Make the folders of a run and lock them; the caller releases the lock.
+def run_in(out: Path) -> dict:
+    """What config.json says of the run in a folder; {} if it says nothing."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        return dict(json.loads((out / CONFIG_JSON).read_bytes())["_about"])
+    return {}
+
+
+def launch_id() -> str:
+    """The same in all processes of one torchrun on one machine, and when it starts them again."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
+
+
+@contextlib.contextmanager
+def claim_folder(out: Path, run: str, resume, overwrite: bool):
+    """Make the folders of a run and lock them. `resume` is the checkpoint that it goes on from.
 
     UserError if they hold another run, one is running in them, or they cannot be written to.
     """
     checkpoints = out / "checkpoints_walker"
-    resumes_own = resume is not None and Path(resume).resolve().parent == checkpoints.resolve()
     holds_run = any((out / name).exists() for name in (BEST, LAST, METRICS_CSV))
-    if holds_run and not (resumes_own or overwrite):
-        raise UserError(f"{checkpoints} holds a run: use --resume, another --out, or --overwrite")
+    is_own = resume is not None and Path(resume).absolute().parent == checkpoints
+    is_own = is_own and run_in(out).get("run") == run
+    if holds_run and not (is_own or overwrite):
+        advice = "--resume it, or use another --out or --overwrite"
+        raise UserError(f"{checkpoints} holds a run: {advice}")
     make_folders(checkpoints, out / "videos", out / "plots")
-    lock = FileLock(checkpoints / ".lock")
-    with reraise_as(UserError, f"{checkpoints} is in use by another run", Timeout):
-        lock.acquire(timeout=0)
-    if overwrite:
-        for pattern in RUN_FILES:
+    in_use = reraise_as(UserError, f"{checkpoints} is in use by another run", Timeout)
+    with in_use, FileLock(checkpoints / ".lock", timeout=0):
+        for pattern in RUN_FILES if overwrite else HALF_WRITTEN:
             for path in out.glob(pattern):
                 path.unlink()
-    return lock
+        yield
+
+
+def read_rows(path: Path, step: int) -> list[str]:
+    """The lines of metrics.csv up to `step`, without a torn last one. UserError if damaged."""
+    header = ",".join(CSV_COLUMNS)
+    with reraise_as(UserError, str(path), ValueError):
+        # what follows the last line break is torn
+        first, *rows = (path.read_text() if path.exists() else f"{header}\n").split("\n")[:-1]
+        if first != header:
+            raise ValueError(f"its columns are not {header[:40]} …")
+        return [header, *(row for row in rows if int(row.split(",")[0]) <= step)]
 
 
 class RunLog(contextlib.ExitStack):
     """metrics.csv, the progress bar on a terminal, and plain lines everywhere."""
 
-    def __init__(self, path: Path, config: Config, counters: Counters):
+    def __init__(self, path: Path, rows: list[str], config: Config, counters: Counters):
         from tqdm import tqdm
 
         super().__init__()
         self.path = path
         self.last_line_at = time.monotonic()
-        self._drop_rows_after(counters.step)
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(f"{row}\n" for row in rows), newline="")
         steps = config.steps_per_iteration
         total = math.ceil(config.total_timesteps / steps) * steps
-        # None: only a terminal gets the bar
-        bar = {"unit": " steps", "unit_scale": True, "disable": None}
+        # None: only a terminal gets the bar; a closed output does not
+        bar = {"unit": " steps", "unit_scale": True, "disable": None if sys.stderr else True}
         self.bar = self.enter_context(tqdm(total=total, initial=counters.step, **bar))
         self.board = None
         if config.tensorboard:
@@ -1274,28 +1477,19 @@ class RunLog(contextlib.ExitStack):
             folder = Path(config.out, TENSORBOARD)
             self.board = self.enter_context(SummaryWriter(folder, purge_step=counters.step + 1))
 
-    def _drop_rows_after(self, step: int):
-        """Rewrite metrics.csv without the rows after `step`, and without a torn last line."""
-        with reraise_as(UserError, str(self.path), ValueError, TypeError, KeyError, csv.Error):
-            text = self.path.read_text() if self.path.exists() else ""
-            whole = text[: text.rfind("\n") + 1]
-            rows = [row for row in csv.DictReader(io.StringIO(whole)) if int(row["step"]) <= step]
-            with atomic_path(self.path) as temporary, open(temporary, "w", newline="") as file:
-                writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-
-    def row(self, values: dict, best_return):
-        """Append a row; a column without a value stays empty. Show how far the run is."""
+    def row(self, values: dict):
+        """Append a row of those with a column, which is empty without one. Show the progress."""
+        best, values = values["best_return"], {k: values[k] for k in CSV_COLUMNS if k in values}
         values = {name: value for name, value in values.items() if value != -math.inf}
-        cells = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
-        with reraise_as(TrainingError, f"{self.path} cannot be written", OSError):
-            with open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n").writerow(cells)
+        cells = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in values.items()}
+        line = ",".join(cells.get(name, "") for name in CSV_COLUMNS)
+        failed = reraise_as(TrainingError, f"{self.path} cannot be written", OSError)
+        with failed, open(self.path, "a", newline="") as file:
+            file.write(f"{line}\n")
         if self.board is not None:
             for name, value in values.items():
-                self.board.add_scalar(name, value, values["step"])
-        best = "–" if best_return == -math.inf else f"{best_return:.1f}"
+                self.board.add_scalar(BOARD_NAMES.get(name, f"train/{name}"), value, values["step"])
+        best = "–" if best == -math.inf else f"{best:.1f}"
         text = f"return {values.get('training_return', math.nan):.1f}, best {best}"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(values["step"] - self.bar.n)
@@ -1304,56 +1498,52 @@ class RunLog(contextlib.ExitStack):
             self.line(f"step {values['step']:,} of {self.bar.total:,}: {text}, {speed}")
 
     def line(self, text: str):
-        with self.bar.external_write_mode():
+        # a closed output, or one that cannot show it, does not end a training
+        with contextlib.suppress(OSError, ValueError), self.bar.external_write_mode():
             print(text, flush=True)
         self.last_line_at = time.monotonic()
 
 
-def write_config(config: Config, threshold, path: Path):
-    """Every setting as JSON, for --config; `_about` is for readers and plots."""
-    settings = saved_settings(config)
-    settings["_about"] = {"reward_threshold": threshold, "version": __version__}
+def write_config(learner: Learner, path: Path):
+    """Every setting as JSON, for --config; `_about` is for readers, plots and --resume."""
+    about = {"reward_threshold": learner.threshold, "version": __version__, "launch": launch_id()}
+    settings = {**saved_settings(learner.config), "_about": {**about, **learner.about}}
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def record_episode(learner, seed: int, mp4: Path, seconds=None, measure=None) -> list:
-    """Film one deterministic episode, headless: H.264 in yuv420p, and a GIF of at most 3 MB.
-
-    At most `seconds` of it, if given. Returns the data of each step, and with it what `measure`
-    finds in the environment after it. UserError if the environment cannot render.
-    """
-    import imageio
+def film_one(saved_act: bytes, config: Config, measure, limit: int, files, seed: int) -> list:
+    """Film an episode in a worker process, see `record_episode`."""
+    import viz
 
     steps = []
-    limit = None if seconds is None else math.ceil(seconds * learner.fps)
-    episode = play(learner.act, learner.config, [seed], render="rgb_array")
-    with atomic_path(mp4) as temporary, contextlib.closing(episode):
-        with imageio.get_writer(temporary, fps=learner.fps, macro_block_size=2) as video:
-            for env, step in itertools.islice(episode, limit):
-                frame = env.render()
-                if frame is None:
-                    raise UserError(f"--env {learner.config.env} renders nothing")
-                video.append_data(frame)
-                if measure is not None:
-                    step.update(measure(env))
-                steps.append(step)
-        write_gif(temporary, mp4.with_suffix(".gif"))
+    episode = play_in_worker(saved_act, config, seed, "rgb_array")
+    with viz.film(*files) as add_frame:
+        # some environments take seconds to render a frame
+        latest = time.monotonic() + 60
+        for env, step in itertools.islice(episode, limit):
+            add_frame(env.render())
+            steps.append({**step, **(measure(env) if measure else {})})
+            if time.monotonic() > latest:
+                break
     return steps
 
 
-def write_gif(mp4: Path, gif: Path, max_bytes: int = 3_000_000):
-    """Every third frame of a film at half its size, at the true speed; cut at `max_bytes`."""
-    from imageio_ffmpeg import get_ffmpeg_exe
+def record_episode(learner, seed, mp4: Path, seconds=None, measure=None, stop=None) -> list:
+    """Film one deterministic episode, at most `seconds` (120 s), headless, as an MP4 and a GIF.
 
-    palette = "split[a][b];[a]palettegen=64[p];[b][p]paletteuse=dither=none"
-    filters = f"framestep=3,scale=iw/2:-1:flags=area,{palette}"
-    with atomic_path(gif) as temporary:
-        command = [get_ffmpeg_exe(), "-v", "quiet", "-y", "-i", mp4, "-vf", filters]
-        command += ["-fs", str(max_bytes), temporary]
-        if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
-            # it says nothing itself
-            raise OSError("the encoder failed; is the disk full?")
+    What takes over a minute to film is left out.
+
+    Returns the data of each step, and with it what `measure` finds in the environment after it.
+    TrainingError, whatever goes wrong, or if `stop` receives a signal.
+    """
+    limit, act = math.ceil((seconds or 120) * learner.fps), to_bytes(learner.act)
+    # any Exception: it comes from the environment, its pictures or the encoder
+    failed = reraise_as(TrainingError, "no video", Exception)
+    with failed, atomic_path(mp4) as film, atomic_path(mp4.with_suffix(".gif")) as gif:
+        files = learner.fps, film, gif
+        task = functools.partial(film_one, act, learner.config, measure, limit, files)
+        return map_in_workers(task, [seed], stop, stop and stop.received)[0]
 
 
 def write_episode_data(learner: Learner, steps: list, path: Path):
@@ -1363,7 +1553,7 @@ def write_episode_data(learner: Learner, steps: list, path: Path):
     arrays["next_values"] = learner.value(arrays.pop("next_observations"))
     config = learner.config.at(learner.counters.step, learner.counters.training_return)
     tensors = (torch.as_tensor(arrays[name]) for name in ("rewards", "actions", "terminated"))
-    learned, failed = learned_rewards(*tensors, learner.env.action_space, config)
+    learned, failed = learned_rewards(*tensors, config)
     arrays.update(learned_rewards=learned, failed=failed)
     clip = config.clip_reward if config.norm_reward else (-math.inf, math.inf)
     units = {"dt": 1 / learner.fps, "gamma": config.gamma, "reward_clip": clip}
@@ -1372,15 +1562,8 @@ def write_episode_data(learner: Learner, steps: list, path: Path):
         np.savez_compressed(temporary, **arrays, **units)
 
 
-def show(learner: Learner, seeds, seconds: float):
-    """Play episodes in a window for `seconds` of simulated time, one after another."""
-    limit = math.ceil(seconds * learner.fps)
-    for _ in itertools.islice(play(learner.act, learner.config, seeds, render="human"), limit):
-        pass
-
-
 class StopSignals(contextlib.ExitStack):
-    """While entered, a first SIGINT or SIGTERM is noted in `received`; a second one exits.
+    """While entered, a first signal to end is noted in `received`; a second one exits.
 
     One keypress can arrive twice, from the terminal and from a launcher that passes it on, so a
     second one counts only a second later.
@@ -1389,7 +1572,11 @@ class StopSignals(contextlib.ExitStack):
     received: int | None = None
 
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        # Windows has no SIGHUP, and nohup ignores it
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             # None: a handler that was not set from Python
             previous = signal.signal(number, self._handle) or signal.SIG_DFL
             self.callback(signal.signal, number, previous)
@@ -1410,35 +1597,64 @@ def episode_columns(episodes: list) -> dict:
     columns = {"episodes": len(episodes)}
     if episodes:
         for name, values in zip(("return", "length"), np.transpose(episodes), strict=True):
-            columns[f"{name}_mean"] = values.mean()
-            columns[f"{name}_min"] = values.min()
-            columns[f"{name}_max"] = values.max()
+            found = {"mean": values.mean(), "min": values.min(), "max": values.max()}
+            columns.update({f"{name}_{key}": value for key, value in found.items()})
     return columns
 
 
-def film_policy(learner: Learner, log: RunLog, mp4: Path):
+def film_policy(learner: Learner, log: RunLog, mp4: Path, stop: StopSignals):
     """Film an episode with the run's own seed for films; one line if that cannot be."""
     [seed] = env_seeds(learner.config.seed, VIDEO, 1)
+    log.line("filming an episode …")
     try:
-        record_episode(learner, seed, mp4)
+        record_episode(learner, seed, mp4, stop=stop)
         log.line(f"video: {mp4}, and a GIF beside it")
-    except (UserError, TrainingError) as error:
-        log.line(f"no video: {error}")
+    # a film is not worth a training
+    except TrainingError as error:
+        log.line(str(error))
 
 
-def export(learner: Learner, log: RunLog, with_film: bool):
-    """Sum up the run, film the best policy there is, and plot the curves."""
+def draw_curves(learner: Learner, log: RunLog):
     import viz
 
+    csv, png = (Path(learner.config.out, name) for name in (METRICS_CSV, CURVES))
+    with reraise_as(TrainingError, f"{png} cannot be drawn", OSError, viz.InputError):
+        viz.plot_training_curves(csv, png)
+    log.line(f"curves: {png}")
+
+
+def export(learner: Learner, log: RunLog, stop: StopSignals):
+    """Sum up the run, plot the curves, and film the best policy there is."""
     counters, out = learner.counters, Path(learner.config.out)
     log.line(f"{counters.step:,} steps in {counters.wall_s / 60:.1f} min")
-    if (out / BEST).exists():
-        learner.load(load_checkpoint(out / BEST, learner.config.env), out / BEST, POLICY)
-    if with_film:
-        film_policy(learner, log, out / FILM)
-    with reraise_as(TrainingError, f"{out / CURVES} cannot be drawn", OSError, viz.InputError):
-        viz.plot_training_curves(out / METRICS_CSV, out / CURVES, learner.threshold)
-    log.line(f"curves: {out / CURVES}")
+    draw_curves(learner, log)
+    # a scheduler's SIGTERM leaves no time for it
+    if stop.received in (None, signal.SIGINT):
+        if (out / BEST).exists():
+            learner.load(load_checkpoint(out / BEST, learner.config.env), out / BEST, POLICY)
+        film_policy(learner, log, out / FILM, stop)
+
+
+@contextlib.contextmanager
+def open_run(learner: Learner, resume, overwrite: bool) -> Iterator[RunLog]:
+    """Claim the folder of a run and write its first files; if training fails, draw its curves."""
+    config, counters, out = learner.config, learner.counters, Path(learner.config.out)
+    with claim_folder(out, learner.about["run"], resume, overwrite):
+        rows = read_rows(out / METRICS_CSV, counters.step)
+        write_config(learner, out / CONFIG_JSON)
+        # before metrics.csv: if killed between, a resume still cuts it to this step
+        learner.save(LAST)
+        with RunLog(out / METRICS_CSV, rows, config, counters) as log:
+            log.line(describe_run(learner))
+            try:
+                yield log
+            except TrainingError:
+                # unless it is the disk that failed
+                with contextlib.suppress(TrainingError):
+                    if learner.is_whole:
+                        learner.save(LAST)
+                    draw_curves(learner, log)
+                raise
 
 
 def is_due(every: int, step: int, config: Config) -> bool:
@@ -1461,21 +1677,19 @@ def evaluate_if_due(learner: Learner, log: RunLog, started: float, evaluate: Cal
     returns, _ = evaluate(learner.act, config, seeds)
     columns = {"eval_return_mean": returns.mean(), "eval_return_std": returns.std()}
     columns["eval_episodes"] = len(returns)
-    reached = threshold is not None and returns.mean() >= threshold
-    is_unsolved = counters.solved_step is None
-    confirms = reached and (is_unsolved or is_last)
-    if confirms:
-        seeds = env_seeds(config.seed, CONFIRM, 100, step=counters.step)
+    # few episodes do not outrank a hundred
+    counts = threshold is None or returns.mean() < threshold
+    if not counts and (counters.solved_step is None or is_last):
+        counts, seeds = True, env_seeds(config.seed, CONFIRM, 100, step=counters.step)
         returns, _ = evaluate(learner.act, config, seeds)
-        if is_unsolved and returns.mean() >= threshold:
+        if counters.solved_step is None and returns.mean() >= threshold:
             counters.solved_step = counters.step
             log.line(f"solved after {(time.perf_counter() - started) / 60:.1f} min (100 episodes)")
-    # few episodes do not outrank a hundred
-    is_best = bool(returns.mean() > counters.best_return) and confirms == reached
+    is_best = counts and bool(returns.mean() > counters.best_return)
     if is_best:
         counters.best_return = float(returns.mean())
-    result = f"{returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
-    result += ", the best so far" if is_best else ""
+    praise = ", the best so far" if is_best else ""
+    result = f"{returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes{praise}"
     log.line(f"step {counters.step:,}: evaluation {result}")
     return columns, is_best
 
@@ -1507,19 +1721,41 @@ def configure_torch(agent: ActorCritic):
         torch.set_num_threads(1)
 
 
+def check_memory(config: Config, env: gym.Env):
+    """UserError if the observations of a rollout do not fit into this machine's memory."""
+    size = 4 * config.batch_size * math.prod(env.observation_space.shape)
+    # Windows does not tell
+    pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if size > pages * 4096:
+        need = f"a rollout needs {size / 1e9:,.1f} GB"
+        raise UserError(f"{need}: lower --num-envs or --rollout-steps")
+
+
+def describe_run(learner: Learner) -> str:
+    """What is about to run."""
+    config, limit = learner.config, learner.env.spec.max_episode_steps
+    preset = "its preset" if preset_name(config.env) in PRESETS else "no preset"
+    text = f"{config.env} ({preset}, at most {limit:,} steps), seed {config.seed}, "
+    text += f"{config.num_envs} environments ({config.vector_env}), {learner.device}"
+    return f"{text}, into {config.out}"
+
+
 def prepare_learner(config: Config, resume) -> Learner:
     """A new learner, or one that goes on from `resume`. Writes nothing."""
     if config.tensorboard:
         with reraise_as(UserError, "--tensorboard needs `pip install tensorboard`", ImportError):
             import tensorboard  # noqa: F401
     # the same networks in every process
-    seed_everything(config.seed, rank=0, step=0)
+    seed_generators(env_seeds(config.seed, LEARN, 1)[0])
     if resume is not None:
         return resume_learner(config, resume)
+    initial = config.init_from and load_checkpoint(config.init_from, config.env)
     learner = Learner(config)
-    if config.init_from is not None:
-        learner.load(load_checkpoint(config.init_from, config.env), config.init_from, POLICY)
+    if initial:
+        learner.load(initial, config.init_from, JUDGED_POLICY)
         learner.counters = Counters()
+    if config.stop_when_solved and learner.threshold is None:
+        raise UserError(f"--stop-when-solved: {config.env} has no threshold")
     return learner
 
 
@@ -1543,39 +1779,39 @@ def check_losses(losses: dict[str, float], step: int):
             raise TrainingError(f"{name} is {value} after step {step:,}: lower --learning-rate")
 
 
-def train(config: Config, resume=None, overwrite=False) -> tuple[Counters, int | None]:
-    """Train, evaluate, save, log, and at the end film the best policy and plot the curves.
+def train(config: Config, resume=None, overwrite=False, stop=None) -> Counters:
+    """Train, evaluate, save, log, and at the end plot the curves and film the best policy.
 
-    `resume` is the checkpoint to go on from; `overwrite` removes an earlier run's files first.
-    Returns how far the run has come, and the number of the signal that stopped it, if one did.
+    `resume` is the checkpoint to go on from; `overwrite` removes an earlier run's files first. A
+    signal that `stop`, a StopSignals, receives ends the run early. Returns how far it has come.
     Raises UserError for what the user can mend, TrainingError if training cannot go on.
     """
+    # an environment may change the current folder
+    config = dataclasses.replace(config, out=os.path.abspath(config.out))
+    out = Path(config.out)
+    stop = stop or StopSignals()
     with contextlib.ExitStack() as stack:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             join_processes()
             stack.callback(dist.destroy_process_group)
-        out = Path(config.out)
         rank, _ = rank_and_world_size()
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (out / LAST).exists():
-            # torchrun has started us again
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if restarted and run_in(out).get("launch") == launch_id():
             resume, overwrite = out / LAST, False
         learner = prepare_learner(config, resume)
         agent, counters = learner.agent, learner.counters
         configure_torch(agent)
+        check_memory(config, learner.env)
         seeds = env_seeds(config.seed, TRAIN, config.num_envs, rank, counters.step)
         envs, raw_obs = make_vector_env(config, learner.env, seeds)
         stack.callback(envs.close)
-        stop = stack.enter_context(StopSignals())
-        pool = stack.enter_context(ProcessPoolExecutor(initializer=prepare_worker))
-        evaluate = functools.partial(evaluate_policy, pool=pool, stop=stop)
+        learner.about.update(provenance())
+        run = functools.partial(map_in_workers, stop=stop)
+        evaluate = functools.partial(evaluate_policy, run=run)
         # barrier: every process has read what rank 0 may remove now
         any_process(False)
         if rank == 0:
-            stack.callback(claim_folder(out, resume, overwrite).release)
-            write_config(config, learner.threshold, out / CONFIG_JSON)
-            # first: if killed before RunLog cuts metrics.csv, a resume still cuts it to this step
-            learner.save(LAST)
-            log = stack.enter_context(RunLog(out / METRICS_CSV, config, counters))
+            log = stack.enter_context(open_run(learner, resume, overwrite))
         first_obs = learner.obs_normalizer.normalize(raw_obs).to(learner.device)
         rollout = Rollout(config, learner.env, seeds, first_obs)
         # as if the run had been in one piece
@@ -1584,21 +1820,24 @@ def train(config: Config, resume=None, overwrite=False) -> tuple[Counters, int |
         while not any_process(learner.is_done() or stop.received is not None):
             # set the random numbers, the learning rate and the settings that move
             began = time.perf_counter()
-            seed_everything(config.seed, rank, counters.step)
+            seed_generators(env_seeds(config.seed, LEARN, 1, rank, counters.step)[0])
             schedule_learning_rates(learner.optimizer, config, counters.step)
             now = config.at(counters.step, counters.training_return)
 
             # collect a rollout
-            episodes = collect_rollout(envs, agent, learner.obs_normalizer, rollout)
+            with worker_failure():
+                episodes = collect_rollout(envs, agent, learner.obs_normalizer, rollout)
             collected = time.perf_counter()
 
             # compute advantages of the normalized rewards; update
+            learner.is_whole = False
             batch = make_batch(rollout, agent, learner.reward_normalizer, now)
             losses = update(agent, learner.optimizer, batch, now)
             check_losses(losses, counters.step)
             counters.training_return = average_return(counters.training_return, episodes)
             counters.step += config.steps_per_iteration
             counters.iteration += 1
+            learner.is_whole = True
             updated = time.perf_counter()
             if rank > 0:
                 # rank 0 evaluates, logs and saves
@@ -1613,22 +1852,20 @@ def train(config: Config, resume=None, overwrite=False) -> tuple[Counters, int |
             counters.wall_s = ended - started
 
             # log a row
-            row = dict(step=counters.step, iteration=counters.iteration, wall_s=counters.wall_s)
-            row.update(steps_per_s=config.steps_per_iteration / (updated - began))
-            row.update(collect_s=collected - began, update_s=updated - collected)
-            row.update(eval_s=ended - updated, **episode_columns(episodes), **losses, **evaluation)
+            times = {"collect_s": collected - began, "update_s": updated - collected}
+            times["steps_per_s"] = config.steps_per_iteration / (updated - began)
+            row = {**vars(counters), **times, "eval_s": ended - updated, **losses, **evaluation}
             row.update({name: getattr(now, name) for name in COURSES})
-            row.update(training_return=counters.training_return)
-            log.row(row, counters.best_return)
+            log.row({**row, **episode_columns(episodes)})
 
             # save
             save_if_due(learner, is_best, ended - began)
             if is_due(config.record_every, counters.step, config):
-                film_policy(learner, log, out / f"videos/step_{counters.step}.mp4")
+                film_policy(learner, log, out / f"videos/step_{counters.step}.mp4", stop)
 
         if rank == 0:
             learner.save(LAST)
-            export(learner, log, with_film=stop.received != signal.SIGTERM)
+            export(learner, log, stop)
         # barrier: torchrun ends all processes when one ends, so wait for the film
         any_process(False)
-    return counters, stop.received
+    return counters

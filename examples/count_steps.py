@@ -26,8 +26,9 @@ def walk(act, config: core.Config, seed: int) -> tuple[int, float, bool]:
         obs, _ = env.reset(seed=seed)
         terminated = truncated = False
         while not (terminated or truncated):
-            obs, _, terminated, truncated, info = env.step(act(obs[None])[0])
-    return info["steps"], info["distance"], terminated
+            obs, _, terminated, truncated, _ = env.step(act(obs[None])[0])
+        walker = env.unwrapped
+        return walker.steps, float(walker.data.qpos[0]), terminated
 
 
 def main(argv: Sequence[str]) -> int:

@@ -3,9 +3,9 @@
     pip install onnx onnxscript
     python examples/export_onnx.py checkpoints_walker/pretrained.pt policy.onnx
 
-The observation normalizer and the clipping of actions are inside, so that `policy.onnx` does what
-`Learner.act` does in evaluation and film. Its input `obs` is (batch, O) in the type of the
-environment's observations, its output `actions` (batch, A); any batch. To run it:
+The observation normalizer and the scaling and clipping of actions are inside, so that
+`policy.onnx` does what `Learner.act` does in evaluation and film. Its input `obs` is (batch, O) in
+the type of the environment's observations, its output `actions` (batch, A); any batch. To run it:
 
     session = onnxruntime.InferenceSession("policy.onnx")
     [actions] = session.run(None, {"obs": obs})
@@ -41,9 +41,10 @@ class Policy(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         actions = self.agent.mean_action(self.normalizer.normalize(obs))
         if not isinstance(self.space, gym.spaces.Box):
-            return actions
+            return actions.reshape(len(obs), *self.space.shape)
         low, high = torch.from_numpy(self.space.low), torch.from_numpy(self.space.high)
-        return torch.clamp(actions, low, high)
+        center, half = map(torch.from_numpy, core.action_scale(self.space))
+        return torch.clamp(center + half * actions, low, high).to(low.dtype)
 
 
 def export(checkpoint: str, onnx: str, env: str | None = None) -> None:

@@ -15,7 +15,8 @@ gc.freeze()  # what is imported is no garbage, and is not looked through after e
 @pytest.fixture
 def no_pictures(monkeypatch):
     """A film and curves cost a second a run: the smoke run of test_train.py checks them."""
-    monkeypatch.setattr(core, "export", lambda *args, **kwargs: None)
+    for name in ("export", "draw_curves"):
+        monkeypatch.setattr(core, name, lambda *args, **kwargs: None)
 
 
 @pytest.fixture(scope="session")

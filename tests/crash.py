@@ -67,12 +67,14 @@ POINTS = [*TRAINING, *RESUMING, *PICTURES]  # an order in which one run meets th
 # ---- in the process that is killed ---------------------------------------------------------------
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def arm(fault: Fault) -> None:
-    """Have this process killed there."""
+    """Have this process killed there, even if it is a worker that comes there."""
+    main = os.getpid()
+
+    def die() -> None:
+        os.kill(main, signal.SIGKILL)
+        time.sleep(60)  # a worker ends with it
+
     numbers = itertools.count(1)
     stem, dot, suffix = fault.file.rpartition(".")
     temporary = f".{stem}.*{dot}{suffix}"
@@ -87,7 +89,7 @@ def arm(fault: Fault) -> None:
             die()
 
     def play(*args: Any, play: Callable = core.play, **how: Any) -> Iterator[Any]:
-        is_film = "render" in how  # and no evaluation
+        is_film = how.get("render") is not None  # and no evaluation
         yield from itertools.islice(play(*args, **how), 5 if is_film else None)
         if not is_film:
             return

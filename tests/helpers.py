@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import itertools
 import os
+import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,18 +45,31 @@ def tiny(out: Path | str = ".", **changes: Any) -> core.Config:
     return core.Config(**{**TINY, "out": str(out), **changes})
 
 
-class ThisProcess:
-    """A pool of workers for `core.evaluate_policy` that has none: this process plays itself."""
-
-    def map(self, task: Callable, seeds: Sequence[int]) -> Iterator:
-        return (task(seed) for seed in seeds)
+def in_this_process(task: Callable, seeds: Sequence[int]) -> list:
+    """Like `core.map_in_workers`, without workers."""
+    results = []
+    for seed in seeds:
+        # a worker has generators of its own
+        generators = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng():
+            results.append(task(seed))
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])
+    return results
 
 
 def train_without_pictures(config: core.Config) -> None:
     """`core.train` for fixtures of a module, which the fixture `no_pictures` does not reach."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core, "export", lambda *args, **kwargs: None)
+        for name in ("export", "draw_curves"):
+            patch.setattr(core, name, lambda *args, **kwargs: None)
         core.train(config)
+
+
+def train(config: core.Config, resume=None) -> tuple[core.Counters, int | None]:
+    """`core.train` as `walker.py` calls it; also the number of the signal that stopped it."""
+    with core.StopSignals() as stop:
+        return core.train(config, resume, stop=stop), stop.received
 
 
 def before_update(monkeypatch, iteration: int, do: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import toy_envs
 from gymnasium.spaces import Box, Discrete
-from helpers import ThisProcess, flags, rows
+from helpers import flags, in_this_process, rows
 from torch import nn
 
 import walker
@@ -103,14 +103,16 @@ def test_two_convolutions_stand_before_the_layers_and_are_orthogonal():
 
 
 @pytest.mark.parametrize("shape", [(40, 64, 3), (64, 40, 3)])
-def test_an_image_of_forty_pixels_is_large_enough_and_none_smaller(shape):
-    assert core.is_image(Box(0, 255, shape, np.uint8))
-    height, width, _ = shape
-    gray = Box(0, 255, (4, height // 2, width // 2), np.uint8)
+def test_an_image_of_forty_pixels_is_halved_and_a_smaller_one_keeps_its_colors(shape):
+    env = gym.Env()
+    env.observation_space = Box(0, 255, shape, np.uint8)
+    gray = core.arrange_images(env).observation_space
+    assert gray.shape == (4, shape[0] // 2, shape[1] // 2)
     agent = core.ActorCritic(gray, Discrete(2), core.Config())
     assert agent.value(torch.zeros(1, *gray.shape)).shape == (1,)
     smaller = tuple(39 if size == 40 else size for size in shape)
-    assert not core.is_image(Box(0, 255, smaller, np.uint8))
+    env.observation_space = Box(0, 255, smaller, np.uint8)
+    assert core.arrange_images(env).observation_space.shape == (3, *smaller[:2])
 
 
 # ---- Discrete actions ----------------------------------------------------------------------------
@@ -126,17 +128,18 @@ def test_logprobs_and_entropies_are_those_of_the_softmax():
     logits = agent.actor(obs).detach().double().numpy()
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     again, entropies = agent.evaluate_actions(obs, actions.float())  # as a rollout stores them
-    expected = np.log(shares[np.arange(50), actions])
+    assert actions.shape == (50, 1)
+    expected = np.log(shares[np.arange(50), actions[:, 0]])
     np.testing.assert_allclose(logprobs.detach(), expected, rtol=1e-4)
     np.testing.assert_allclose(again.detach(), expected, rtol=1e-4)
     np.testing.assert_allclose(entropies.detach(), -(shares * np.log(shares)).sum(1), rtol=1e-4)
-    assert agent.mean_action(obs).tolist() == shares.argmax(1).tolist()
+    assert agent.mean_action(obs)[:, 0].tolist() == shares.argmax(1).tolist()
     many = agent.act(obs[:1].expand(20_000, 6))[0]
-    np.testing.assert_allclose(np.bincount(many, minlength=4) / 20_000, shares[0], atol=0.02)
+    np.testing.assert_allclose(np.bincount(many[:, 0], minlength=4) / 20_000, shares[0], atol=0.02)
 
 
 def test_an_environment_gets_numbers_of_its_own_from_its_start_on():
-    actions = torch.tensor([0.0, 2.0, 1.0])
+    actions = torch.tensor([[0.0], [2.0], [1.0]])
     assert core.env_actions(actions, Discrete(3, start=5)).tolist() == [5, 7, 6]
     learner = core.Learner(MATCH)
     steps = list(core.play(learner.act, MATCH, [1, 2, 3]))  # Match asserts what it gets
@@ -199,5 +202,5 @@ def test_what_is_shown_is_learned(env, tmp_path):
     core.train(core.Config(out=str(tmp_path), **settings))
     learner = core.load_learner(tmp_path / core.LAST, device="cpu")
     seeds = core.env_seeds(1, core.TEST, 10)
-    returns, _ = core.evaluate_policy(learner.act, learner.config, seeds, ThisProcess())
+    returns, _ = core.evaluate_policy(learner.act, learner.config, seeds, in_this_process)
     assert returns.mean() > 11  # of 12; 4 by chance

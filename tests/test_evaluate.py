@@ -3,9 +3,13 @@
 import copy
 import gc
 import itertools
+import multiprocessing
+import os
 import random
 import signal
-from concurrent.futures import CancelledError, ProcessPoolExecutor
+import threading
+import time
+from concurrent.futures import CancelledError
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -13,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import toy_envs
-from helpers import ThisProcess
+from helpers import in_this_process
 
 import walker_core as core
 
@@ -34,10 +38,6 @@ def lean(obs: np.ndarray) -> np.ndarray:
     return np.clip(obs[:, 1:2] / 8, -0.25, 0.25) / len(obs)
 
 
-def workers(processes: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(processes, initializer=core.prepare_worker)
-
-
 def alone(env_id: str, act, seed: int) -> tuple[float, int]:
     """Return and length of one episode in an environment of its own."""
     env = gym.make(env_id)
@@ -51,55 +51,53 @@ def alone(env_id: str, act, seed: int) -> tuple[float, int]:
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_every_episode_counts_once_and_is_that_of_its_own_seed_however_many_processes_play(
-    processes,
+    processes, monkeypatch
 ):
     """To the bit, and in the order of the seeds: each observation is the only one of its batch."""
     torch.manual_seed(0)
+    monkeypatch.setattr(os, "cpu_count", lambda: processes)
     learner = core.Learner(FALLS)
     learner.obs_normalizer.update(torch.randn(9, 3))
     with torch.no_grad():
         learner.agent.actor[-1].weight.mul_(20)
-    with workers(processes) as pool:
-        for act in (lean, learner.act):
-            found = core.evaluate_policy(act, FALLS, SEEDS[:20], pool)
-            assert list(zip(*found, strict=True)) == [alone(FALLS.env, act, s) for s in SEEDS[:20]]
+    for act in (lean, learner.act):
+        found = core.evaluate_policy(act, FALLS, SEEDS[:20])
+        assert list(zip(*found, strict=True)) == [alone(FALLS.env, act, s) for s in SEEDS[:20]]
     assert len(set(found[1])) > 10  # so that the first to finish would be others
 
 
-def test_a_worker_that_dies_is_one_line():
-    config = core.Config(env="Toy/Faulty-v0", env_kwargs=("fault='die -'", f"seed={SEEDS[1]}"))
-    with workers(2) as pool, pytest.raises(core.TrainingError) as caught:
-        core.evaluate_policy(still, config, SEEDS[:4], pool)
-    assert str(caught.value).startswith("a worker process failed: ")
+@pytest.mark.parametrize(
+    ("fault", "seconds"), [("die -", 60.0), ("hang -", 1.0), ("hang - in reset", 1.0)]
+)
+def test_a_worker_that_dies_or_hangs_is_one_line(fault, seconds):
+    kwargs = f"fault={fault!r}", f"seed={SEEDS[1]}", "at=0" if "reset" in fault else "at=3"
+    config = core.Config(env="Toy/Faulty-v0", env_kwargs=kwargs, step_timeout=seconds)
+    with pytest.raises(core.TrainingError) as caught:
+        core.evaluate_policy(still, config, SEEDS[:4])
+    assert str(caught.value).startswith("a worker process died, or took longer than")
     assert "\n" not in str(caught.value)
+    assert multiprocessing.active_children() == []
 
 
-def test_a_signal_cancels_the_episodes_that_are_left():
-    stop, played = SimpleNamespace(received=None), []
-
-    class Pool(ThisProcess):
-        def map(self, task, seeds):
-            try:
-                for seed in seeds:
-                    played.append(seed)
-                    stop.received = signal.SIGTERM if len(played) == 3 else None
-                    yield task(seed)
-            finally:
-                played.append("closed")
-
+@pytest.mark.parametrize("known", [None, signal.SIGINT])
+def test_a_signal_ends_the_episodes_within_a_second(known):
+    stop = SimpleNamespace(received=known)
+    threading.Timer(0.5, setattr, (stop, "received", signal.SIGTERM)).start()
+    began = time.monotonic()
     with pytest.raises(CancelledError):
-        core.evaluate_policy(lean, FALLS, SEEDS, Pool(), stop)
-    assert played == [*SEEDS[:3], "closed"]
+        core.map_in_workers(time.sleep, [3600, 3600, 3600], stop, known)
+    assert time.monotonic() - began < 1.5
+    assert multiprocessing.active_children() == []
 
 
 def test_the_time_limit_ends_an_episode_and_the_return_is_raw():
     config = core.Config(env="Toy/Reach-v0", gamma=0.5, clip_reward=(-0.1, 0.1), action_cost=9)
-    returns, lengths = core.evaluate_policy(still, config, SEEDS[:3], ThisProcess())
+    returns, lengths = core.evaluate_policy(still, config, SEEDS[:3], in_this_process)
     assert (returns.tolist(), lengths.tolist()) == ([-10.0] * 3, [10] * 3)
 
 
 def test_a_real_walkers_episode_is_that_of_its_seed_whoever_walked_before_it():
-    found = core.evaluate_policy(stroll, core.Config(), SEEDS[:4], ThisProcess())
+    found = core.evaluate_policy(stroll, core.Config(), SEEDS[:4], in_this_process)
     expected = [alone("BipedalWalker-v3", stroll, seed) for seed in SEEDS[:4]]
     assert list(zip(*found, strict=True)) == expected
 
@@ -135,7 +133,7 @@ def test_evaluation_touches_neither_the_learner_nor_a_generator_nor_the_next_rol
         before = copy.deepcopy([getattr(learner, name).state_dict() for name in core.LEARNED])
         generators = torch.get_rng_state(), np.random.get_state(), random.getstate()
         if evaluates:
-            core.evaluate_policy(learner.act, learner.config, SEEDS[:4], ThisProcess())
+            core.evaluate_policy(learner.act, learner.config, SEEDS[:4], in_this_process)
         after = [getattr(learner, name).state_dict() for name in core.LEARNED]
         assert repr(before) == repr(after)
         assert repr((torch.get_rng_state(), np.random.get_state(), random.getstate())) == repr(
@@ -155,7 +153,7 @@ def test_an_evaluation_leaves_no_worlds_behind():
     config = core.Config(env_kwargs=("max_episode_steps=3",))
     before = walkers()
     gc.disable()
-    core.evaluate_policy(still, config, SEEDS[:4], ThisProcess())
+    core.evaluate_policy(still, config, SEEDS[:4], in_this_process)
     left = walkers()
     gc.enable()
     assert left <= before + 1  # the last one may still be in use

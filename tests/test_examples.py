@@ -165,7 +165,9 @@ def test_it_is_filmed_without_opengl_and_watched_in_a_window(
     hip = frames[0].sum(axis=2).argmin() % passive.WIDTH  # the darkest pixel
     assert abs(hip - passive.WIDTH / 2) < 20
     recwarn.clear()  # imageio's
-    core.show(learner, [1], seconds=0.05)
+    for _, step in core.play(learner.act, learner.config, [1], render="human"):
+        if step["episode"] == 0:
+            break
     assert warned(recwarn) == []
 
 

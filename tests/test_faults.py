@@ -195,7 +195,7 @@ def test_an_environment_that_fails_in_an_evaluation_is_named_with_its_seed(fault
     seed = core.env_seeds(1, core.EVALUATE, 2)[1]
     message = failure(tmp_path, capfd, **faulty(fault, seed, at=4), eval_every=2 * BATCH)
     named = f"environment, first reset with seed {seed}: "
-    assert ("a worker process failed: " if fault == "die -" else named) in message
+    assert ("a worker process died" if fault == "die -" else named) in message
     assert fault.split()[0].replace("raise", "RuntimeError").replace("die", "process") in message
     assert last_iteration(tmp_path) <= 2
     assert not (tmp_path / core.BEST).exists()

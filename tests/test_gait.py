@@ -191,20 +191,15 @@ def test_joints_are_averaged_over_strides_and_shown_over_time_if_there_are_few(t
         assert drawn == pytest.approx(value), title
 
 
-def test_the_story_shows_gaits_in_the_order_given_and_the_last_seconds_before_a_fall(
-    tmp_path, saved
+@pytest.mark.parametrize(
+    ("stance", "fall", "shown"), [("walking", True, 1.0), ("running", False, 0.5)]
+)
+def test_the_middle_of_an_episode_is_shown_or_the_last_seconds_before_a_fall(
+    stance, fall, shown, tmp_path, saved
 ):
-    paths = [
-        write(tmp_path / "early" / "best.npz", episode(*STANCE["walking"], fall=True)),
-        write(tmp_path / "late" / "best.npz", episode(*STANCE["running"])),
-    ]
-    viz.plot_story(paths, "s.png")
-    figure, _, title, _ = saved[0]
-    assert title == "falling → walking"
-    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
-    assert titles == ["best\nfalling, 2.0 m/s", "best\nwalking, 2.0 m/s"]
-    shown = [axes.get_xlim() for axes in figure.axes if axes.get_xlabel() == "seconds"]
-    assert np.array(shown) == pytest.approx(np.array([(1.0, 4.0), (0.5, 3.5)]))  # of 4 s
+    viz.plot_gait(write(tmp_path / "a.npz", episode(*STANCE[stance], fall=fall)), "a.png")
+    [footfall] = [axes for axes in saved[0][0].axes if axes.get_xlabel() == "seconds"]
+    assert footfall.get_xlim() == pytest.approx((shown, shown + 3))  # of 4 s
 
 
 def test_of_several_episodes_the_first_is_drawn(tmp_path):
@@ -221,8 +216,7 @@ def test_of_several_episodes_the_first_is_drawn(tmp_path):
 def test_an_episode_may_be_short(tmp_path, steps):
     npz = write(tmp_path / "a.npz", episode(*STANCE["walking"], steps=steps))
     viz.plot_gait(npz, tmp_path / "a.png")
-    viz.plot_story([npz], tmp_path / "s.png")
-    assert imageio.imread(tmp_path / "s.png").shape[:2] == (640, 1760)
+    assert imageio.imread(tmp_path / "a.png").shape[:2] == (1376, 1760)
 
 
 # ---------------------------------------------------------------------------------------- values
@@ -263,14 +257,14 @@ def test_a_perfect_value_function_explains_everything_and_of_a_constant_there_is
 # ---------------------------------------------------------------------------------- command line
 
 
-def test_a_gait_goes_to_the_plots_of_its_run_and_a_story_to_plots(tmp_path, monkeypatch, saved):
+def test_a_gait_goes_to_the_plots_of_its_run(tmp_path, monkeypatch, saved):
     for name in ("run/videos/best.npz", "here/best.npz"):
         write(tmp_path / name, episode(*STANCE["kneeling"]))
     monkeypatch.chdir(tmp_path)
-    for files in (["run/videos/best.npz"], ["here/best.npz"], ["here/best.npz"] * 2):
-        assert viz.main(files) == 0
+    for file in ("run/videos/best.npz", "here/best.npz"):
+        assert viz.main([file]) == 0
     written = [str(png) for *_, png in saved]
-    assert written == ["run/plots/best_gait.png", "here/best_gait.png", "plots/story.png"]
+    assert written == ["run/plots/best_gait.png", "here/best_gait.png"]
 
 
 def test_a_file_that_is_no_episode_is_refused_in_one_line_that_names_it(tmp_path, capsys):

@@ -116,8 +116,10 @@ def test_tensorboard_has_the_numbers_of_the_csv_and_a_resume_goes_on(tmp_path):
     for row in rows(tmp_path):
         for name, cell in row.items():
             if cell:
-                expected.setdefault(name, {})[int(row["step"])] = float(cell)
+                known = core.BOARD_NAMES.get(name, f"train/{name}")
+                expected.setdefault(known, {})[int(row["step"])] = float(cell)
     assert set(found) == set(expected)
+    assert {"rollout/ep_rew_mean", "time/fps", "train/approx_kl", "eval/mean_reward"} <= set(found)
     for name, values in expected.items():
         assert found[name] == pytest.approx(values, rel=1e-4), name
     assert walker.main([*flags(tmp_path, total_timesteps=BATCH), "--overwrite"]) == 0
@@ -138,7 +140,7 @@ def test_without_tensorboard_its_flag_is_one_line_and_nothing_is_written(
 
 def test_a_film_is_made_at_the_first_iteration_at_or_past_each_multiple(tmp_path, monkeypatch):
     films = []
-    monkeypatch.setattr(core, "record_episode", lambda *args: films.append(args[1:3]))
+    monkeypatch.setattr(core, "record_episode", lambda *args, **_: films.append(args[1:3]))
     assert walker.main(flags(tmp_path, record_every=3 * BATCH // 2)) == 0
     steps = [2 * BATCH, 3 * BATCH]
     assert [mp4 for _, mp4 in films] == [tmp_path / f"videos/step_{step}.mp4" for step in steps]

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import BATCH, TESTS, column, flags, tiny
+from helpers import train as train_until_signal
 from torch import distributed as dist
 
 import walker
@@ -58,7 +59,7 @@ def learn(envs: slice) -> dict[str, Any]:
     adaptive = {"lr_schedule": "adaptive", "desired_kl": 1e-3, "max_grad_norm": 0.05}
     sizes = {"num_envs": len(seeds), "rollout_steps": T, "minibatch_size": len(seeds) * T}
     config = tiny(**sizes, **adaptive, update_epochs=4, entropy_coef=0.01)
-    core.seed_everything(1, rank=0, step=0)
+    core.seed_generators(1)
     learner = core.Learner(config)
     agent, normalizer = learner.agent.double(), learner.reward_normalizer
     generator = torch.Generator().manual_seed(7)
@@ -143,7 +144,7 @@ def train(rank: int, out: Path) -> dict[str, Any]:
         patch.setattr(core, "collect_rollout", collect_rollout)
         patch.setattr(core, "update", do_update)
         patch.setattr(core, "export", export)
-        counters, stopped_by = core.train(tiny(out, total_timesteps=8 * BATCH * RANKS))
+        counters, stopped_by = train_until_signal(tiny(out, total_timesteps=8 * BATCH * RANKS))
     seen.update(step=counters.step, stopped_by=stopped_by, filmed=(out / "filmed").exists())
     return seen
 

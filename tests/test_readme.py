@@ -21,7 +21,7 @@ OTHER_PROGRAMS = {"standalone", "nproc-per-node", "index-url", "seeds"}  # their
 
 def code_lines(text: str) -> list[str]:
     """The lines of a document's code blocks, without comments."""
-    blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+    blocks = re.findall(r"```(?:python)?\n(.*?)```", text, re.DOTALL)
     return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
 
 
@@ -51,13 +51,15 @@ def test_the_readme_is_at_most_150_lines_and_1600_words_and_starts_with_the_comm
 @pytest.mark.parametrize("arguments", sorted(set(walker_arguments(README + RECORDS))))
 def test_every_command_of_the_documents_parses(arguments, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "checkpoints_walker", tmp_path / "checkpoints_walker")
-    shutil.copy(ROOT / "checkpoints_walker/pretrained.pt", tmp_path / core.LAST)
-    monkeypatch.chdir(tmp_path)
     words = shlex.split(arguments)
+    out = tmp_path / (words[words.index("--out") + 1] if "--out" in words else "")
+    (out / core.LAST).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "checkpoints_walker/pretrained.pt", out / core.LAST)
+    monkeypatch.chdir(tmp_path)
     if words[:1] == ["evaluate"]:
         parser = walker.make_parser(walker.Evaluation(), "evaluate", "")
         parser.add_argument("checkpoint")
-        typed = walker.parse(parser, words[1:])
+        typed = vars(parser.parse_args(words[1:]))
         assert typed.pop("checkpoint").endswith((".pt", "FILE"))
         walker.Evaluation(**typed)
     elif words != ["--help"]:
@@ -88,3 +90,15 @@ def test_every_file_that_a_document_names_exists(path):
     written = {ROOT / core.CURVES, ROOT / core.BEST, ROOT / core.LAST}  # by a run
     assert len(links) > 4
     assert not [str(file) for file in (links | files) - written if not file.exists()]
+
+
+@pytest.mark.slow
+def test_the_lines_of_python_run(tmp_path, monkeypatch):
+    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(code.strip().splitlines()) <= 7
+    monkeypatch.chdir(tmp_path)
+    small = "total_timesteps=600, num_envs=2, rollout_steps=64, minibatch_size=64, eval_episodes=1"
+    names = {}
+    exec(code.replace("total_timesteps=100_000", small), names)
+    assert names["env"].action_space.contains(names["action"])
+    assert (tmp_path / "runs/notebook" / core.FILM).exists()

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import toy_envs  # noqa: F401
-from helpers import BATCH, before_update, learned, rows, same, tiny, without_clock
+from helpers import BATCH, before_update, learned, rows, same, tiny, train, without_clock
 
 import walker
 import walker_core as core
@@ -91,11 +91,11 @@ def train_with_stops(config: core.Config, ks: tuple[int, ...], monkeypatch) -> N
     for k in ks:
         with monkeypatch.context() as patch:
             before_update(patch, k - before, lambda: signal.raise_signal(signal.SIGTERM))
-            counters, stopped_by = core.train(config, last if before else None)
+            counters, stopped_by = train(config, last if before else None)
         assert (counters.iteration, stopped_by) == (k, signal.SIGTERM)
         random.random(), np.random.rand(3), torch.rand(7)  # a new process has other generators
         before = k
-    counters, stopped_by = core.train(config, last)
+    counters, stopped_by = train(config, last)
     assert (counters.iteration, stopped_by) == (ITERATIONS, None)
 
 
@@ -126,7 +126,7 @@ def test_a_resume_with_other_cadences_learns_the_same(tmp_path, monkeypatch):
     other = dataclasses.replace(config, out=str(tmp_path / "b"), eval_every=0)
     with monkeypatch.context() as patch:
         before_update(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
-        core.train(other)
+        train(other)
     changed = {"eval_every": BATCH, "eval_episodes": 3, "checkpoint_every": BATCH}
     core.train(dataclasses.replace(other, **changed), tmp_path / "b" / core.LAST)
     assert same(learned(tmp_path / "a" / core.LAST), learned(tmp_path / "b" / core.LAST))
@@ -188,8 +188,8 @@ def test_an_iteration_writes_its_row_then_best_then_last(tmp_path, monkeypatch):
     """So that a run killed in between has the row of every checkpoint, and a best of its last."""
     written, row, save = [], core.RunLog.row, core.Learner.save
 
-    def noted_row(log, values, best_return):
-        row(log, values, best_return)
+    def noted_row(log, values):
+        row(log, values)
         written.append(f"row {len(rows(tmp_path))}")  # flushed: another reader sees it
 
     def noted_save(learner, name):

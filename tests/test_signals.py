@@ -116,20 +116,23 @@ def test_ctrl_c_in_a_terminal_ends_the_iteration(vector_env, trainings, tmp_path
     check_whole_and_resumable(tmp_path, trainings)
 
 
-def test_ctrl_c_in_a_terminal_does_not_reach_the_encoder_of_the_film(trainings, tmp_path):
+def test_ctrl_c_in_a_terminal_ends_a_film_within_a_second(trainings, tmp_path):
     code = f"import sys\nsys.path.append({str(ROOT)!r})\nimport walker, walker_core as core\n"
     code += "play = core.play\n"
     code += "def slow(*args, **how):\n    for i, step in enumerate(play(*args, **how)):\n"
-    code += "        if 'render' in how:\n            print('frame', i, flush=True)\n"
+    code += "        if how.get('render'):\n            print('frame', i, flush=True)\n"
     code += "            core.time.sleep(0.1)\n"
     code += "        yield step\n"
     code += "core.play = slow\nsys.exit(walker.main())"
     terminal = Terminal(sys.executable, "-c", code, *flags(tmp_path, eval_every=BATCH))
     until(lambda: terminal.shows("frame 3"))
     terminal.type(CTRL_C)
+    until(lambda: terminal.shows("no video: stopped by a signal"))
+    assert "frame 14" not in terminal.text
     assert terminal.code() == 130
     assert "Traceback" not in terminal.text
-    assert "no video" not in terminal.text
+    assert not (tmp_path / core.FILM).exists()
+    assert (tmp_path / core.CURVES).exists()
     check_whole_and_resumable(tmp_path, trainings)
 
 

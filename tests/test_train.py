@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import math
 import os
 import shutil
@@ -38,7 +39,7 @@ import viz
 import walker
 import walker_core as core
 
-EXPORT = core.export
+PICTURES = {"export": core.export, "draw_curves": core.draw_curves}
 HEADER = (
     "step,iteration,wall_s,steps_per_s,collect_s,update_s,eval_s,episodes,return_mean,return_min,"
     "return_max,length_mean,length_min,length_max,eval_return_mean,eval_return_std,eval_episodes,"
@@ -52,6 +53,11 @@ WALKER = {"env": "BipedalWalker-v3", "env_kwargs": ("max_episode_steps=10",)}  #
 pytestmark = pytest.mark.usefixtures("no_pictures")  # the tests of `export` put it back
 
 
+def with_pictures(monkeypatch) -> None:
+    for name, function in PICTURES.items():
+        monkeypatch.setattr(core, name, function)
+
+
 @pytest.fixture
 def judge(monkeypatch):
     """Has every episode of the next evaluation return the next number of a list."""
@@ -59,7 +65,7 @@ def judge(monkeypatch):
     def set_returns(*returns: float) -> list[list[int]]:
         numbers, all_seeds = iter(returns), []
 
-        def evaluate_policy(act, config, seeds, pool, stop):
+        def evaluate_policy(act, config, seeds, run):
             all_seeds.append(list(seeds))
             return np.full(len(seeds), next(numbers)), np.full(len(seeds), 10)
 
@@ -243,7 +249,7 @@ def test_files_are_written_in_the_order_row_best_last(tmp_path, monkeypatch, jud
 
 def test_best_is_the_policy_of_the_best_evaluation(tmp_path, judge):
     judge(-11, -5, -7, -5)
-    counters, _ = core.train(tiny(tmp_path, eval_every=BATCH, checkpoint_every=BATCH))
+    counters = core.train(tiny(tmp_path, eval_every=BATCH, checkpoint_every=BATCH))
     best = tmp_path / core.BEST
     assert same(learned(best), learned(best.with_name("step_64.pt")))
     assert not same(learned(best), learned(best.with_name("step_32.pt")))
@@ -257,8 +263,8 @@ def test_solved_means_that_a_hundred_fresh_episodes_reach_the_threshold_too(tmp_
     config = tiny(
         tmp_path, total_timesteps=6 * BATCH, eval_every=BATCH, stop_when_solved=True, **WALKER
     )
-    counters, stopped_by = core.train(config)
-    assert (counters.step, counters.solved_step, stopped_by) == (96, 96, None)
+    counters = core.train(config)
+    assert (counters.step, counters.solved_step) == (96, 96)
     assert column(tmp_path, "eval_return_mean") == [10, 310, 305]
     assert column(tmp_path, "eval_episodes") == [2, 2, 2]
     assert counters_of(tmp_path)["solved_step"] == 96
@@ -286,7 +292,7 @@ def test_a_lucky_evaluation_neither_solves_nor_displaces_a_better_policy(
     returns, stops, step, solved_step, best_return, best_step, tmp_path, judge
 ):
     judge(*returns)
-    counters, _ = core.train(tiny(tmp_path, eval_every=BATCH, stop_when_solved=stops, **WALKER))
+    counters = core.train(tiny(tmp_path, eval_every=BATCH, stop_when_solved=stops, **WALKER))
     assert (counters.step, counters.solved_step) == (step, solved_step)
     assert counters.best_return == best_return
     assert counters_of(tmp_path, core.BEST)["step"] == best_step
@@ -294,7 +300,7 @@ def test_a_lucky_evaluation_neither_solves_nor_displaces_a_better_policy(
 
 def test_an_environment_without_a_threshold_is_never_solved(tmp_path, judge):
     all_seeds = judge(*[1e9] * 4)
-    counters, _ = core.train(tiny(tmp_path, eval_every=BATCH, stop_when_solved=True))
+    counters = core.train(tiny(tmp_path, eval_every=BATCH))
     assert (counters.step, counters.solved_step) == (4 * BATCH, None)
     assert [len(seeds) for seeds in all_seeds] == [2] * 4
 
@@ -430,7 +436,7 @@ def test_a_resume_keeps_a_best_that_is_newer_than_its_checkpoint_until_a_better_
     before = best.read_bytes()
     shutil.copy(last.with_name("step_32.pt"), last)  # killed before the next was written
     assert counters_of(tmp_path)["best_return"] == 1
-    counters, _ = core.train(tiny(tmp_path, eval_every=BATCH, total_timesteps=3 * BATCH), last)
+    counters = core.train(tiny(tmp_path, eval_every=BATCH, total_timesteps=3 * BATCH), last)
     assert (counters.step, counters.best_return) == (3 * BATCH, 7)
     assert best.read_bytes() == before
     core.train(tiny(tmp_path, eval_every=BATCH, total_timesteps=4 * BATCH), last)
@@ -442,7 +448,7 @@ def test_a_resume_into_a_new_folder_makes_a_best_of_its_own(tmp_path, judge):
     old, new = tmp_path / "old", tmp_path / "new"
     core.train(tiny(old, eval_every=BATCH, total_timesteps=2 * BATCH))
     before = tree(old)
-    counters, _ = core.train(tiny(new, eval_every=BATCH), old / core.LAST)
+    counters = core.train(tiny(new, eval_every=BATCH), old / core.LAST)
     assert counters.best_return == 3
     assert counters_of(new, core.BEST)["step"] == 3 * BATCH
     assert tree(old) == before
@@ -491,7 +497,8 @@ def test_overwrite_removes_exactly_what_a_run_writes(tmp_path):
 @pytest.mark.parametrize("typed", ["--overwrite", "--resume"])
 def test_a_folder_in_which_a_run_is_going_is_refused(typed, tmp_path, capsys):
     core.train(tiny(tmp_path, total_timesteps=BATCH))
-    before, lock = tree(tmp_path), core.claim_folder(tmp_path, tmp_path / core.LAST, False)
+    before, lock = tree(tmp_path), core.FileLock(tmp_path / LOCK)
+    lock.acquire()
     capsys.readouterr()
     assert walker.main([*flags(tmp_path, total_timesteps=2 * BATCH), typed]) == 2
     error = capsys.readouterr().err
@@ -516,15 +523,16 @@ def test_a_run_that_diverges_is_one_line_and_code_1_and_leaves_good_weights(tmp_
 
 
 def metrics_row(step: int) -> dict[str, float]:
-    return {"step": step, "training_return": -3.25, "steps_per_s": 100.0, "wall_s": 90.0}
+    times = {"steps_per_s": 100.0, "wall_s": 90.0}
+    return {"step": step, "training_return": -3.25, "best_return": 12.5, **times}
 
 
 def test_without_a_terminal_the_log_is_plain_lines_and_not_one_an_iteration(tmp_path, capsys):
-    log = core.RunLog(tmp_path / "metrics.csv", tiny(), core.Counters())
-    log.row(metrics_row(BATCH), best_return=12.5)
+    log = core.RunLog(tmp_path / "metrics.csv", [], tiny(), core.Counters())
+    log.row(metrics_row(BATCH))
     assert capsys.readouterr() == ("", "")
     log.last_line_at -= 60
-    log.row(metrics_row(2 * BATCH), best_return=12.5)
+    log.row(metrics_row(2 * BATCH))
     log.close()
     line = "step 64 of 128: return -3.2, best 12.5, 100 steps/s, 1.5 min\n"
     assert capsys.readouterr() == (line, "")
@@ -538,10 +546,10 @@ def test_on_a_terminal_a_bar_shows_return_best_rate_and_time_left(tmp_path, monk
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "200")
-    log = core.RunLog(tmp_path / "metrics.csv", tiny(), core.Counters())
-    log.row(metrics_row(BATCH), best_return=12.5)
+    log = core.RunLog(tmp_path / "metrics.csv", [], tiny(), core.Counters())
+    log.row(metrics_row(BATCH))
     time.sleep(0.15)  # tqdm draws at most every 0.1 s
-    log.row(metrics_row(2 * BATCH), best_return=12.5)
+    log.row(metrics_row(2 * BATCH))
     log.close()
     bar = terminal.getvalue().split("\r")[-1]
     for part in ("50%", "return -3.2", "best 12.5", "steps/s", "<"):
@@ -588,7 +596,9 @@ def test_the_command_trains_films_plots_and_runs_again_from_its_config(tmp_path)
 
     assert walker.main(["--config", str(out / core.CONFIG_JSON), "--out", str(again)]) == 0
     assert without_clock(rows(again)) == without_clock(rows(out))
-    assert (again / core.CONFIG_JSON).read_text() == (out / core.CONFIG_JSON).read_text()
+    one, other = (json.loads((run / core.CONFIG_JSON).read_text()) for run in (again, out))
+    assert one.pop("_about")["run"] != other.pop("_about")["run"]
+    assert one == other
     assert same(learned(again / core.LAST), learned(out / core.LAST))
 
 
@@ -619,10 +629,11 @@ def test_a_signal_ends_the_iteration_saves_all_and_plots(number, films, tmp_path
 
 def test_a_gif_that_would_be_too_large_is_cut_and_still_whole_and_at_the_true_speed(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (48, 80, 120, 3), np.uint8)
-    imageio.mimwrite(tmp_path / "a.mp4", noise, fps=50, macro_block_size=2)
     frames = []
     for limit in (10**9, 20_000):
-        core.write_gif(tmp_path / "a.mp4", tmp_path / "a.gif", limit)
+        with viz.film(50, tmp_path / "a.mp4", tmp_path / "a.gif", limit) as add_frame:
+            for frame in noise:
+                add_frame(frame)
         assert (tmp_path / "a.gif").stat().st_size <= limit + 5000  # it notices a frame too late
         frames.append(imageio.mimread(tmp_path / "a.gif"))
         with Image.open(tmp_path / "a.gif") as gif:
@@ -667,7 +678,7 @@ class Mute(Unfinished):
 def test_an_environment_that_cannot_render_is_skipped_with_one_line(
     env_class, tmp_path, monkeypatch, capsys, recwarn
 ):
-    monkeypatch.setattr(core, "export", EXPORT)
+    with_pictures(monkeypatch)
     gym.register("NoPictures-v0", env_class, max_episode_steps=10)
     try:
         argv = flags(tmp_path, env="NoPictures-v0", env_kwargs=(), total_timesteps=BATCH)
@@ -683,9 +694,11 @@ def test_an_environment_that_cannot_render_is_skipped_with_one_line(
 
 def test_the_film_shows_the_best_policy_and_not_the_last(tmp_path, monkeypatch, judge):
     obs, filmed = np.ones((1, 3), np.float32), []
-    monkeypatch.setattr(core, "export", EXPORT)
+    with_pictures(monkeypatch)
     monkeypatch.setattr(viz, "plot_training_curves", lambda *args: None)
-    monkeypatch.setattr(core, "record_episode", lambda learner, *_: filmed.append(learner.act(obs)))
+    monkeypatch.setattr(
+        core, "record_episode", lambda learner, *_, **__: filmed.append(learner.act(obs))
+    )
     judge(1, 5, 3, 4)
     core.train(tiny(tmp_path, eval_every=BATCH, learning_rate=0.01))
     best, last = (core.load_learner(tmp_path / name).act(obs) for name in (core.BEST, core.LAST))
@@ -698,7 +711,7 @@ def test_a_metrics_file_that_another_program_spoiled_is_one_line(tmp_path, monke
         with open(tmp_path / core.METRICS_CSV, "a") as file:
             file.write("32,1\n")
 
-    monkeypatch.setattr(core, "export", EXPORT)
+    with_pictures(monkeypatch)
     monkeypatch.setattr(core, "film_policy", lambda *args: None)
     before_update(monkeypatch, 3, spoil)
     assert walker.main(flags(tmp_path)) == 1

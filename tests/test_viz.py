@@ -229,17 +229,14 @@ def test_the_settings_that_moved_have_panels_in_a_last_row_and_no_other_has(tmp_
     assert (figure.get_figheight(), still.get_figheight()) == (12, 10)
 
 
-def test_the_threshold_is_the_configs_unless_given_and_a_star_marks_where_it_is_reached(
-    tmp_path, saved
-):
+def test_the_threshold_is_the_configs_and_a_star_marks_where_it_is_reached(tmp_path, saved):
     rows = [row(i) for i in range(1, 51)]  # evaluations rise by 40 every 5 iterations
-    path = write_run(tmp_path / "metrics.csv", rows, {"_about": {"reward_threshold": 250}})
-    other = write_run(tmp_path / "other" / "metrics.csv", rows)
-    for metrics, given in ((path, None), (path, 300), (other, 500), (other, None)):
-        viz.plot_training_curves(metrics, "x.png", given)
+    for folder, threshold in (("low", 250), ("high", 500), ("none", None)):
+        about = {} if threshold is None else {"_about": {"reward_threshold": threshold}}
+        path = write_run(tmp_path / folder / "metrics.csv", rows, about)
+        viz.plot_training_curves(path, "x.png")
     assert [labels(figure.axes[0])[2:] for figure, *_ in saved] == [
         ["solved (250)", "250 reached: 0.143M steps, 35.0 min"],
-        ["solved (300)", "300 reached: 0.164M steps, 40.0 min"],
         ["solved (500)"],
         [],
     ]
@@ -278,8 +275,9 @@ def test_a_comparison_shows_training_returns_unless_every_run_has_evaluations(tm
 
 @pytest.mark.slow
 def test_the_picture_has_its_size_and_its_colors(tmp_path):
-    path = write_run(tmp_path / "metrics.csv", [row(i) for i in range(1, 61)])
-    viz.plot_training_curves(path, tmp_path / "new" / "curves.png", threshold=300)
+    about = {"_about": {"reward_threshold": 300}}
+    path = write_run(tmp_path / "metrics.csv", [row(i) for i in range(1, 61)], about)
+    viz.plot_training_curves(path, tmp_path / "new" / "curves.png")
     picture = imageio.imread(tmp_path / "new" / "curves.png")[..., :3]
     assert picture.shape == (1600, 1760, 3)
     for color in (viz.BLUE, viz.ORANGE, viz.GREEN):  # evaluation, training, threshold
@@ -299,9 +297,9 @@ def test_whatever_is_missing_pictures_are_drawn_without_a_warning(tmp_path):
     }
     paths = [write_run(tmp_path / name / "metrics.csv", rows) for name, rows in runs.items()]
     for path in paths:
-        viz.plot_training_curves(path, path.with_suffix(".png"), threshold=300)
+        viz.plot_training_curves(path, path.with_suffix(".png"))
     viz.plot_comparison(paths[:1], tmp_path / "empty.png")
-    viz.plot_comparison(paths, tmp_path / "all.png", threshold=300)
+    viz.plot_comparison(paths, tmp_path / "all.png")
     assert imageio.imread(tmp_path / "all.png").shape[:2] == (832, 1760)
 
 
@@ -344,7 +342,6 @@ def test_a_picture_goes_to_its_runs_plots_or_beside_the_file_or_where_out_says(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [("", "files"), ("missing.csv", "missing.csv"), ("metrics.csv missing.csv", "missing.csv"),
-     ("metrics.csv --threshold high", "'high'"), ("metrics.csv --threshold nan", "nan"),
      ("metrics.csv --out x.pdf", "x.pdf"), ("metrics.csv --out metrics.csv/x.png", "metrics.csv"),
      ("metrics.csv --color red", "--color")],
 )  # fmt: skip

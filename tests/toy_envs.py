@@ -162,15 +162,12 @@ class Shapes(gym.Env):
         self.observation_space, self.action_space = observation, action
 
 
-FLOATS, WHOLE = Box(-1, 1, (3,), np.float32), Box(-9, 9, (3,), np.int64)
-THUMBNAIL = Box(0, 255, (39, 64, 3), np.uint8)
-UNSUPPORTED = {  # name: spaces, and which of the two PPO cannot use
-    "Toy/DictObs-v0": ((gym.spaces.Dict({"a": FLOATS}), FLOATS), "observation"),
-    "Toy/DiscreteObs-v0": ((gym.spaces.Discrete(3), FLOATS), "observation"),
-    "Toy/WholeObs-v0": ((WHOLE, FLOATS), "observation"),
-    "Toy/SmallImageObs-v0": ((THUMBNAIL, FLOATS), "observation"),
-    "Toy/ManyDiscreteAction-v0": ((FLOATS, gym.spaces.MultiDiscrete([2, 3])), "action"),
-    "Toy/WholeAction-v0": ((FLOATS, WHOLE), "action"),
+FLOATS, TEXT = Box(-1, 1, (3,), np.float32), gym.spaces.Text(5)
+UNSUPPORTED = {  # name: spaces, and what the message says of them
+    "Toy/LargeObs-v0": ((Box(-1, 1, (201, 100)), FLOATS), "20,100 numbers"),
+    "Toy/SequenceObs-v0": ((gym.spaces.Sequence(FLOATS), FLOATS), "flattened"),
+    "Toy/TextAction-v0": ((FLOATS, TEXT), "actions"),
+    "Toy/DictAction-v0": ((FLOATS, gym.spaces.Dict({"a": FLOATS})), "actions"),
 }
 
 gym.register("Toy/Script-v0", Script)
