@@ -537,16 +537,15 @@ def film(fps, mp4, gif, max_bytes=3_000_000):
     H.264 in yuv420p, of at most 20 MB; the GIF has every third frame at half its size, and at most
     `max_bytes`. ValueError if a frame is no picture, OSError if it cannot be encoded.
     """
-    from imageio import get_writer
-    from imageio_ffmpeg import get_ffmpeg_exe
+    import imageio
 
     options = {"fps": fps, "macro_block_size": 2, "output_params": ["-fs", "20M"]}
     # closing: its own `with` leaves the encoder alive after an error
-    with contextlib.closing(get_writer(mp4, **options)) as video:
+    with contextlib.closing(imageio.get_writer(mp4, **options)) as video:
         yield functools.partial(_add_frame, video)
     filters = "framestep=3,scale=iw/2:-1:flags=area,"
     filters += "split[a][b];[a]palettegen=64[p];[b][p]paletteuse=dither=none"
-    command = [get_ffmpeg_exe(), "-v", "quiet", "-y", "-i", mp4, "-vf", filters]
+    command = [imageio.plugins.ffmpeg.get_exe(), "-v", "quiet", "-y", "-i", mp4, "-vf", filters]
     command += ["-fs", str(max_bytes), gif]
     if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
         # it says nothing itself
@@ -606,7 +605,8 @@ def _draw_returns(axes, run, threshold):
     _draw_line(axes, steps, mean, ORANGE, lw=1.8, label="training: mean, range")
     mean, std, step, wall = run.evaluations()
     axes.fill_between(step, mean - std, mean + std, color=BLUE, alpha=0.22, lw=0)
-    axes.plot(step, mean, "o-", color=BLUE, lw=2.4, ms=5, label="evaluation: mean ± std")
+    label = "evaluation: mean ± std" if len(mean) > 0 else None
+    axes.plot(step, mean, "o-", color=BLUE, lw=2.4, ms=5, label=label)
     _draw_threshold(axes, threshold)
     if threshold is not None and (mean >= threshold).any():
         first = np.argmax(mean >= threshold)

@@ -229,6 +229,14 @@ def test_the_settings_that_moved_have_panels_in_a_last_row_and_no_other_has(tmp_
     assert (figure.get_figheight(), still.get_figheight()) == (12, 10)
 
 
+def test_without_evaluations_the_legend_names_none(tmp_path, saved):
+    rows = [row(i, eval_return_mean=None, eval_return_std=None) for i in range(1, 9)]
+    viz.plot_training_curves(write_run(tmp_path / "metrics.csv", rows), "x.png")
+    [(figure, _, title, _)] = saved
+    assert labels(figure.axes[0]) == ["training: mean, range"]
+    assert "no evaluation yet" in title
+
+
 def test_the_threshold_is_the_configs_and_a_star_marks_where_it_is_reached(tmp_path, saved):
     rows = [row(i) for i in range(1, 51)]  # evaluations rise by 40 every 5 iterations
     for folder, threshold in (("low", 250), ("high", 500), ("none", None)):
