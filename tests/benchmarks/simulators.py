@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +42,7 @@ def main() -> None:
     for checkpoint in options.checkpoints:
         learner = core.load_learner(checkpoint, options.env, "cpu")
         seeds = core.env_seeds(0, core.TEST, options.episodes)
-        with ProcessPoolExecutor(initializer=core.prepare_worker) as pool:
-            on_gymnasium, _ = core.evaluate_policy(learner.act, learner.config, seeds, pool)
+        on_gymnasium, _ = core.evaluate_policy(learner.act, learner.config, seeds)
         for name, returns in (
             ("Gymnasium", on_gymnasium),
             ("EnvPool", returns_on_envpool(learner, seeds)),
