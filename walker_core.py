@@ -801,8 +801,7 @@ class Rollout:
         self.obs = first_obs.new_zeros(T + 1, *first_obs.shape)
         self.obs[-1] = first_obs
         # unclipped
-        width = len(choices_of(env.action_space)) or math.prod(env.action_space.shape)
-        self.actions = first_obs.new_zeros(T, N, width)
+        self.actions = first_obs.new_zeros(T, N, math.prod(env.action_space.shape))
         self.logprobs = first_obs.new_zeros(T, N)
         # raw
         self.rewards = first_obs.new_zeros(T, N)
