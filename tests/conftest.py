@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,14 @@ def no_pictures(monkeypatch):
     """A film and curves cost a second a run: the smoke run of test_train.py checks them."""
     for name in ("export", "draw_curves"):
         monkeypatch.setattr(core, name, lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def folder(trained, tmp_path, monkeypatch) -> Path:
+    """A fresh copy of the folder that the test's file has `trained` in, and the current one."""
+    shutil.copytree(trained, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
 
 
 @pytest.fixture(scope="session")

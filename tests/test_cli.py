@@ -71,14 +71,6 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def folder(trained, tmp_path, monkeypatch) -> Path:
-    """A fresh copy of the prepared folder, and the current one."""
-    shutil.copytree(trained, tmp_path / "work")
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
-
-
 # ---- where settings come from --------------------------------------------------------------------
 
 

@@ -32,14 +32,6 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def folder(trained, tmp_path, monkeypatch) -> Path:
-    """A fresh copy of two finished runs, and the current folder."""
-    shutil.copytree(trained, tmp_path / "work")
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
-
-
 def refusal(capsys, *argv: str) -> str:
     """The one line of a command that is refused with code 2."""
     capsys.readouterr()
