@@ -11,7 +11,6 @@ The only function that looks inside an environment is `gait_state`, which measur
 
 import argparse
 import contextlib
-import functools
 import itertools
 import json
 import re
@@ -43,7 +42,6 @@ X_AXES = {"step": ("environment steps", 1), "wall_s": ("wall-clock minutes", 60)
 # What the .npz of an episode holds that is read here: for each step, or one number for all.
 GAIT_ARRAYS = ("rewards", "terminated", "hull", "joints", "knees", "contacts")
 VALUE_ARRAYS = ("values", "next_values", "episode", "learned_rewards", "failed")
-VALUE_NUMBERS = ("gamma", "reward_scale", "reward_clip")
 
 # A BipedalWalker, in metres: a shin's length; the hull's corners and the hip, from its center.
 SHIN = 34 / 30
@@ -298,11 +296,10 @@ def solved_threshold(runs):
 def realized_returns(data):
     """Discounted return from each step to the end of its episode: (steps,).
 
-    `data` is what `plot_value` reads from an .npz. Rewards are scaled and clipped as in training.
+    `data` is what `plot_value` reads from an .npz, its rewards as they were learned from.
     If an episode did not fail, the value of its last observation stands for what would follow.
     """
-    low, high = data["reward_clip"]
-    rewards = np.clip(data["learned_rewards"] / data["reward_scale"], low, high)
+    rewards = data["learned_rewards"]
     # right at an episode's end
     following = np.where(data["failed"], 0, data["next_values"])
     returns = rewards + data["gamma"] * following
@@ -514,7 +511,7 @@ def plot_value(npz_path, png_path):
     Returns one line of text with three numbers over all steps, in units of normalized reward:
     explained variance, bias (the mean of prediction - return) and RMSE. Errors as in `plot_gait`.
     """
-    data = read_arrays(npz_path, VALUE_ARRAYS + VALUE_NUMBERS)
+    data = read_arrays(npz_path, (*VALUE_ARRAYS, "gamma"))
     predicted, realized = data["values"], realized_returns(data)
     error, variance = predicted - realized, realized.var()
     explained = 1 - error.var() / variance if variance > 0 else np.nan
@@ -530,19 +527,26 @@ def plot_value(npz_path, png_path):
     return f"value: {text}"
 
 
-@contextlib.contextmanager
-def film(fps, mp4, gif, max_bytes=3_000_000):
-    """Write a film, frame by frame, and from it a GIF; yields the function that adds a frame.
+def film(episode, fps, mp4, gif, measure=None, max_bytes=3_000_000):
+    """Film an episode, and make a GIF of the film.
 
-    H.264 in yuv420p, of at most 20 MB; the GIF has every third frame at half its size, and at most
-    `max_bytes`. ValueError if a frame is no picture, OSError if it cannot be encoded.
+    `episode` yields (environment, dict) after each step. Returns the dicts, each with what
+    `measure(environment)` found. H.264 in yuv420p, of at most 20 MB; the GIF has every third frame
+    at half its size, and at most `max_bytes`. ValueError if a frame is no picture, OSError if it
+    cannot be encoded.
     """
     import imageio
 
+    steps = []
     options = {"fps": fps, "macro_block_size": 2, "output_params": ["-fs", "20M"]}
     # closing: its own `with` leaves the encoder alive after an error
     with contextlib.closing(imageio.get_writer(mp4, **options)) as video:
-        yield functools.partial(_add_frame, video)
+        for env, step in episode:
+            frame = env.render()
+            if np.ndim(frame) != 3 or frame.shape[-1] not in (3, 4) or frame.dtype != np.uint8:
+                raise ValueError(f"render() gave {np.shape(frame)}, not (height, width, 3) bytes")
+            video.append_data(frame)
+            steps.append({**step, **(measure(env) if measure else {})})
     filters = "framestep=3,scale=iw/2:-1:flags=area,"
     filters += "split[a][b];[a]palettegen=64[p];[b][p]paletteuse=dither=none"
     command = [imageio.plugins.ffmpeg.get_exe(), "-v", "quiet", "-y", "-i", mp4, "-vf", filters]
@@ -550,12 +554,7 @@ def film(fps, mp4, gif, max_bytes=3_000_000):
     if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
         # it says nothing itself
         raise OSError("the encoder failed; is the disk full?")
-
-
-def _add_frame(video, frame):
-    if np.ndim(frame) != 3 or frame.shape[-1] not in (3, 4) or frame.dtype != np.uint8:
-        raise ValueError(f"render() gave no (height, width, 3) bytes, but {np.shape(frame)}")
-    video.append_data(frame)
+    return steps
 
 
 def _new_figure(height, rows, heights=(1,)):

@@ -3,7 +3,7 @@
 import argparse
 import itertools
 import json
-import re
+import signal
 import sys
 import typing
 from pathlib import Path
@@ -37,13 +37,10 @@ class Parser(argparse.ArgumentParser):
         raise core.UserError(f"{message}, see --help")
 
 
-def make_parser(defaults, usage, description) -> Parser:
+def make_parser(defaults, usage, text) -> Parser:
     """A flag for each field of `defaults`; the dataclass itself converts and checks the text."""
     # the result holds only what was typed
-    default = argparse.SUPPRESS
-    parser = Parser(None, usage, description, allow_abbrev=False, argument_default=default)
-    # -1e9 is a number, not a flag
-    parser._negative_number_matcher = re.compile(r"-[\d.]")
+    parser = Parser(None, usage, text, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, field in defaults.__pydantic_fields__.items():
         kind = typing.get_origin(field.annotation)
         parts = typing.get_args(field.annotation)
@@ -69,8 +66,7 @@ def parse_training(argv) -> tuple:
     usage = "walker.py [SETTINGS] or walker.py evaluate FILE [OPTIONS]"
     parser = make_parser(core.Config.for_env(), usage, parse_training.__doc__)
     one = parser.add_mutually_exclusive_group()
-    resumes = "go on from FILE, a folder, or --out"
-    one.add_argument("--resume", nargs="?", const="", metavar="FILE", help=resumes)
+    one.add_argument("--resume", nargs="?", const="", metavar="FILE", help="go on from a run")
     one.add_argument("--overwrite", action="store_true", help="remove the run in --out first")
     parser.add_argument("--config", metavar="FILE", help="settings of a config.json")
     typed = vars(parser.parse_args(argv))
@@ -80,29 +76,24 @@ def parse_training(argv) -> tuple:
         with core.reraise_as(core.UserError, source, ValueError, TypeError, RecursionError):
             base = dict(json.loads(Path(source).read_bytes()))
     if resume is not None:
-        source = resume = find_checkpoint(Path(resume or typed.get("out", ".")).absolute())
+        place = Path(resume or typed.get("out", ".")).absolute()
+        source = resume = place / core.LAST if place.is_dir() else place
         base.update(core.load_checkpoint(resume, typed.get("env"))["config"])
-        base["out"] = str(folder_of(resume))
+        typed.setdefault("out", str(folder_of(resume)))
     if source is not None:
+        if "env" in typed:
+            base["env"] = typed["env"]
         # check the file by itself, so that the message names it
-        chosen = {name: typed[name] for name in ("env", "out") if name in typed}
-        base = vars(core.config_from({**base, **chosen}, source))
+        base = vars(core.config_from(base, source))
     return core.Config.for_env(**{**base, **typed}), resume, overwrite
-
-
-def find_checkpoint(place: Path) -> Path:
-    """The file itself, or the last.pt of a folder."""
-    last = place / ("last.pt" if (place / "last.pt").exists() else core.LAST)
-    return last if place.is_dir() else place
 
 
 def folder_of(checkpoint: Path) -> Path:
     """That of its run, or this one."""
-    is_in_run = checkpoint.parent.name == "checkpoints_walker"
-    return checkpoint.parent.parent if is_in_run else Path()
+    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints_walker" else Path()
 
 
-def evaluate(argv) -> int:
+def evaluate(argv):
     """Film, analyze or show a policy, where asked, then test it on new episodes."""
     parser = make_parser(Evaluation(), "walker.py evaluate FILE [OPTIONS]", Evaluation.__doc__)
     parser.add_argument("checkpoint", metavar="FILE", help="a .pt file of a run")
@@ -115,7 +106,6 @@ def evaluate(argv) -> int:
     out, name = Path(test.out or folder_of(checkpoint)).absolute(), checkpoint.stem
     if test.record:
         mp4, data = out / f"videos/{name}.mp4", out / f"videos/{name}.npz"
-        core.make_folders(mp4.parent)
         steps = core.record_episode(learner, seeds[0], mp4, test.seconds, viz.gait_state)
         core.write_episode_data(learner, steps, data)
         print(f"video: {mp4}")
@@ -123,14 +113,12 @@ def evaluate(argv) -> int:
             viz.plot_gait(data, out / f"plots/{name}_gait.png")
     if test.analyze_value:
         data = out / f"plots/{name}_value.npz"
-        core.make_folders(data.parent)
         steps = [step for _, step in core.play(learner.act, learner.config, seeds[:10])]
         core.write_episode_data(learner, steps, data)
         print(viz.plot_value(data, data.with_suffix(".png")))
     if test.render:
-        show = core.play(learner.act, learner.config, seeds, render="human")
-        for _ in itertools.islice(show, round((test.seconds or 30) * learner.fps)):
-            pass
+        limit = round((test.seconds or 30) * learner.fps)
+        list(itertools.islice(core.play(learner.act, learner.config, seeds, "human"), limit))
     returns, lengths = core.evaluate_policy(learner.act, learner.config, seeds)
     result = {"mean": returns.mean(), "std": returns.std(), "episodes": len(returns)}
     result.update(min=returns.min(), max=returns.max(), length=lengths.mean())
@@ -139,33 +127,32 @@ def evaluate(argv) -> int:
     means = np.random.default_rng(0).choice(returns, (10_000, len(returns))).mean(axis=1)
     text = line.format(*np.percentile(means, [2.5, 97.5]), **result)
     print(json.dumps(result) if test.json else text, flush=True)
-    return 0
 
 
 def main(argv=None) -> int:
     """Exit code: 0, 2 for a wrong command, 1 if training failed, 130, 143 or 129 after a signal."""
     argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):
-        # a closed one is None
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    # None if it is closed
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    for number in core.END_SIGNALS:
+        # nohup lets it be ignored
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, core.interrupt)
     try:
         if argv[:1] == ["evaluate"]:
-            return evaluate(argv[1:])
-        with core.StopSignals() as stop:
-            core.train(*parse_training(argv), stop)
-        return 128 + stop.received if stop.received else 0
-    except KeyboardInterrupt:
-        # before training began, or in an evaluation
-        return 130
+            evaluate(argv[1:])
+        else:
+            core.train(*parse_training(argv))
+        return 0
+    except KeyboardInterrupt as stop:
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except BrokenPipeError:
         # whoever read the output has had enough
         sys.stdout = None
         return 141
     except (core.UserError, core.TrainingError, OSError) as error:
-        # one line, even if an environment's error has several
-        message = "".join(c if c.isprintable() else " " for c in str(error))
-        print(f"walker.py: {message[:380]}", file=sys.stderr)
+        print(f"walker.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, core.TrainingError) else 2
 
 

@@ -16,9 +16,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import datetime
 import functools
-import gc
 import io
 import itertools
 import json
@@ -34,8 +32,11 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, ProcessPoolExecutor, wait
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from datetime import timedelta
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -44,14 +45,13 @@ import numpy as np
 import pydantic
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor, nn, optim
 
-__version__ = "0.1.0"
 # raised when the contents of a checkpoint change their meaning
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 
 
 class UserError(Exception):
@@ -63,13 +63,15 @@ class TrainingError(RuntimeError):
 
 
 @contextlib.contextmanager
-def reraise_as(kind: type[Exception], message: str, *caught: type[BaseException]):
+def reraise_as(kind, message, *caught):
     """Turn any of `caught` into `kind` with one line: the message, then the reason."""
     try:
         yield
     except caught as error:
-        reason = str(getattr(error, "strerror", None) or error) or repr(error)
-        raise kind(f"{message}: {' '.join(reason.split())}") from error
+        reason = str(getattr(error, "strerror", None) or error)
+        if not isinstance(error, (kind, OSError)):
+            reason = f"{type(error).__name__}: {reason}"
+        raise kind(f"{message}: {' '.join(reason.split())[:300]}") from error
 
 
 # ==== 0. Processes: several under torchrun, or one ================================================
@@ -81,12 +83,11 @@ def join_processes():
     A restart has a part of the store to itself: elsewhere PyTorch 2.13 may find the address of a
     process that is gone.
     """
-    with reraise_as(UserError, "WORLD_SIZE is set, which only torchrun should", ValueError):
-        store, rank, world_size = next(dist.rendezvous("env://"))
+    with reraise_as(UserError, "WORLD_SIZE is set, but not by torchrun", ValueError):
+        store, rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    # the others wait while process 0 evaluates
-    a_day = datetime.timedelta(days=1)
-    dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=a_day)
+    # a day, as the others wait while process 0 evaluates
+    dist.init_process_group(timeout=timedelta(days=1), store=store, rank=rank, world_size=size)
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -117,20 +118,16 @@ Layers = tuple[Annotated[int, pydantic.Field(ge=1, le=4096)], ...]
 KeyValue = Annotated[str, pydantic.Field(pattern="(?P<KEY>.+)=(?P<VALUE>.*)")]
 
 
-def scientific(value: Any) -> Any:
-    """The number of a text like 3e6, which pydantic takes for no int."""
-    return float(value) if "e" in str(value).lower() else value
+# 3e6 is one, too
+Int = Annotated[int, pydantic.BeforeValidator(float)]
 
 
-Int = Annotated[int, pydantic.BeforeValidator(scientific)]
-
-
-def setting(default: Any, meaning: str, **limits: Any) -> Any:
+def setting(default, meaning, **limits):
     """A field: its default, its line in `--help`, and its limits in pydantic's terms."""
     return pydantic.Field(default, description=meaning, **limits)
 
 
-def course(value: Any) -> Any:
+def course(value):
     """VALUE, or the tuple START END or START END FROM TO. ValueError if it is none of them."""
     numbers = np.array(value, dtype=float, ndmin=1).tolist()
     window = numbers[2:]
@@ -150,7 +147,7 @@ class Validated:
 
     @pydantic.model_validator(mode="wrap")
     @classmethod
-    def _raise_user_error(cls, values: Any, validate: Callable) -> Any:
+    def _raise_user_error(cls, values, validate):
         try:
             return validate(values)
         except pydantic.ValidationError as error:
@@ -178,10 +175,9 @@ class Config(Validated):
     out: str = setting(".", "folder for checkpoints_walker/, videos/ and plots/", min_length=1)
     init_from: str | None = setting(None, "checkpoint to start from")
 
-    vector_env: Literal["sync", "async", "envpool"] = setting("sync", "how to step environments")
+    vector_env: Literal["sync", "envpool"] = setting("sync", "how to step environments")
     num_envs: Int = setting(8, "environments per process (N)", ge=1, le=100_000)
     rollout_steps: Int = setting(256, "steps per environment and update (T)", ge=2, le=10**6)
-    step_timeout: float = setting(60.0, "seconds until a worker counts as hung", gt=0)
     norm_obs: bool = setting(True, "normalize observations")
     norm_reward: bool = setting(True, "scale rewards by the std of returns")
     clip_obs: float = setting(10.0, "clip normalized observations to ± this", gt=0)
@@ -226,11 +222,9 @@ class Config(Validated):
         if self.minibatch_size > self.batch_size:
             rule = f"it must be at most num_envs × rollout_steps = {self.batch_size}"
             raise UserError(f"--minibatch-size is {self.minibatch_size}: {rule}")
-        if self.stop_when_solved and self.eval_every == 0:
-            raise UserError("--stop-when-solved needs evaluations: --eval-every is 0")
 
     @classmethod
-    def for_env(cls, env: str = "BipedalWalker-v3", **settings: Any) -> Config:
+    def for_env(cls, env: str = "BipedalWalker-v3", **settings) -> Config:
         """Defaults, then the environment's preset, then `settings`."""
         return cls(**{"env": env, **PRESETS.get(preset_name(str(env)), {}), **settings})
 
@@ -245,10 +239,9 @@ class Config(Validated):
             if isinstance(values, tuple):
                 clock = step if len(values) == 2 else training_return
                 ends, window = values[:2], values[2:] or (0, self.total_timesteps)
-                if min(ends) > 0:
-                    now[name] = math.exp(np.interp(clock, window, np.log(ends)))
-                else:
-                    now[name] = float(np.interp(clock, window, ends))
+                geometric = min(ends) > 0
+                value = float(np.interp(clock, window, np.log(ends) if geometric else ends))
+                now[name] = math.exp(value) if geometric else value
         return dataclasses.replace(self, **now)
 
     @property
@@ -320,18 +313,13 @@ def preset_name(env: str) -> str:
     return next((known for known in PRESETS if known.rpartition("-v")[0] == name), name)
 
 
-def saved_settings(config: Config) -> dict:
-    """What config.json and checkpoints hold: all settings but `out`, which is where they lie."""
-    return {name: value for name, value in vars(config).items() if name != "out"}
-
-
 # ==== 2. Environments =============================================================================
 
 # streams of seeds
 TRAIN, EVALUATE, CONFIRM, VIDEO, TEST, LEARN = range(6)
 
 
-def env_seeds(seed: int, stream: int, count: int, rank: int = 0, step: int = 0) -> list[int]:
+def env_seeds(seed, stream, count, rank=0, step=0) -> list[int]:
     """`count` seeds of one stream; the first k are the same for every `count`.
 
     Consecutive integers would make runs with seeds 1 and 2 share all worlds but one.
@@ -359,11 +347,7 @@ def gray_half(image: np.ndarray) -> np.ndarray:
     return image[::2, ::2].mean(axis=-1).astype(np.uint8)
 
 
-def channels_first(image: np.ndarray) -> np.ndarray:
-    return np.moveaxis(image, -1, 0)
-
-
-def arrange_images(env: gym.Env) -> gym.Env:
+def arrange_images(env) -> gym.Env:
     """Put channels first. Of colored images, show the last four, in gray and halved.
 
     Other channels than three may be the layers of a map, or images that are stacked already.
@@ -372,7 +356,7 @@ def arrange_images(env: gym.Env) -> gym.Env:
     if not is_image(space, channels=-1):
         return env
     is_colored = space.shape[-1] == 3 and min(space.shape[:2]) >= 40
-    change = gray_half if is_colored else channels_first
+    change = gray_half if is_colored else functools.partial(np.moveaxis, source=-1, destination=0)
     changed = Box(0, 255, change(space.low).shape, np.uint8)
     env = gym.wrappers.TransformObservation(env, change, changed)
     return gym.wrappers.FrameStackObservation(env, 4) if is_colored else env
@@ -401,11 +385,11 @@ def choices_of(space: gym.Space) -> list[int]:
     return [2] * math.prod(space.shape) if isinstance(space, MultiBinary) else []
 
 
-def check_finite(name: str, obs: np.ndarray, reward: float = 0.0):
+def check_finite(obs, reward=0.0):
     """TrainingError if an environment returned a number that is not finite in float32."""
     for what, value in (("observation", obs), ("reward", reward)):
         if not (np.abs(value) <= np.finfo(np.float32).max).all():
-            raise TrainingError(f"{name}: its {what} is not finite")
+            raise TrainingError(f"the {what} is not finite")
 
 
 class NamedEnv(gym.Wrapper):
@@ -415,13 +399,13 @@ class NamedEnv(gym.Wrapper):
     nothing uses them.
     """
 
-    def __init__(self, env: gym.Env, name: str, timeout: float | None = None):
+    def __init__(self, env, name: str):
         super().__init__(env)
-        self.name, self.timeout = name, timeout
+        self.name = name
         self.observation_space = network_space(env.observation_space)
 
     def reset(self, *, seed=None, options=None):
-        with self._blame():
+        with self._failure():
             if seed is not None:
                 self.unwrapped.observation_space.seed(seed)
                 self.unwrapped.action_space.seed(seed)
@@ -429,20 +413,15 @@ class NamedEnv(gym.Wrapper):
             return self._convert(obs), {}
 
     def step(self, action):
-        with self._blame():
+        with self._failure():
             obs, reward, terminated, truncated, _ = self.env.step(action)
-            if np.size(reward) != 1:
-                raise ValueError(f"its reward has shape {np.shape(reward)}, not ()")
-            reward = float(np.reshape(reward, ()))
+            # an array of one number is one
+            reward = np.asarray(reward, float).item()
             return self._convert(obs, reward), reward, bool(terminated), bool(truncated), {}
-
-    def render(self):
-        with self._blame():
-            return self.env.render()
 
     def close(self):
         # what it cannot close is lost anyway
-        with contextlib.suppress(TrainingError), self._blame():
+        with contextlib.suppress(Exception, SystemExit):
             self.env.close()
 
     def _convert(self, obs, reward: float = 0.0) -> np.ndarray:
@@ -452,31 +431,16 @@ class NamedEnv(gym.Wrapper):
         if not is_image(space):
             obs = gym.spaces.flatten(space, obs)
         obs = np.array(obs, self.observation_space.dtype)
-        check_finite(self.name, obs, reward)
+        check_finite(obs, reward)
         return obs
 
-    @contextlib.contextmanager
-    def _blame(self):
-        if self.timeout is not None:
-            # then ends this process, a worker
-            signal.setitimer(signal.ITIMER_REAL, self.timeout)
-        try:
-            yield
-        except (KeyboardInterrupt, TrainingError):
-            raise
+    def _failure(self):
         # anything, even SystemExit: the environment is not our code
-        except BaseException as error:
-            raise TrainingError(f"{self.name}: {error!r}") from error
-        finally:
-            if self.timeout is not None:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+        return reraise_as(TrainingError, self.name, Exception, SystemExit)
 
 
-def make_env(config: Config, render_mode=None, name="environment", watch=False) -> gym.Env:
-    """One environment of the run; `watch` ends this process if a step hangs.
-
-    UserError if Gymnasium cannot make it or PPO cannot use it.
-    """
+def make_env(config, render_mode=None, name="environment") -> gym.Env:
+    """One environment of the run. UserError if Gymnasium cannot make it or PPO cannot use it."""
     options = config.env_options | ({} if render_mode is None else {"render_mode": render_mode})
     # any Exception: it comes from the environment's code
     failed = reraise_as(UserError, f"--env {config.env} cannot be made", Exception, SystemExit)
@@ -490,67 +454,10 @@ def make_env(config: Config, render_mode=None, name="environment", watch=False) 
     unsupported = f"--env {config.env}: its spaces are not supported"
     with reraise_as(UserError, unsupported, ValueError, NotImplementedError):
         choices_of(env.action_space)
-        # Windows has no setitimer
-        watch = watch and hasattr(signal, "setitimer")
-        return NamedEnv(arrange_images(env), name, config.step_timeout if watch else None)
+        return NamedEnv(arrange_images(env), name)
 
 
-class WorkerVectorEnv(AsyncVectorEnv):
-    """AsyncVectorEnv that says in one line what failed, and kills its workers on close."""
-
-    def _raise_if_errors(self, successes):
-        # without Gymnasium's log of the traceback
-        if not all(successes):
-            raise self.error_queue.get()[2]
-
-    def close_extras(self, **_kwargs):
-        for process in self.processes:
-            process.kill()
-            process.join()
-
-
-def make_in_worker(make: Callable, seed: int, main_process: int) -> gym.Env:
-    """What `make` makes, in a worker process of AsyncVectorEnv."""
-    # it makes one in the main process too, for its spaces
-    if os.getpid() == main_process:
-        return make()
-    prepare_worker()
-    # for environments that draw from the global generators
-    seed_generators(seed)
-    # SystemExit: the worker prints it and ends
-    with reraise_as(SystemExit, "walker.py", UserError):
-        return make(watch=True)
-
-
-def worker_failure() -> contextlib.AbstractContextManager:
-    """Says in one line that a worker process is gone."""
-    what = "a worker process died, or took longer than --step-timeout"
-    return reraise_as(TrainingError, what, BrokenExecutor, EOFError, ConnectionError)
-
-
-def prepare_worker():
-    """Let a worker process live exactly as long as the main process.
-
-    Workers ignore Ctrl-C: the main process ends them, or they exit when it dies.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(os, "setpgid"):  # not on Windows
-        os.setpgid(0, 0)
-    if sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    threading.Thread(target=exit_with_main_process, daemon=True).start()
-    torch.set_num_threads(1)
-    # what exists now is no garbage: collecting that of an episode takes 5 ms, not 300
-    gc.freeze()
-
-
-def exit_with_main_process():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def make_envpool(config: Config, env: gym.Env, seeds) -> VectorEnv:
+def make_envpool(config, env, seeds) -> VectorEnv:
     """EnvPool's N environments."""
     with reraise_as(UserError, "--vector-env envpool needs `pip install envpool`", ImportError):
         import envpool
@@ -566,7 +473,7 @@ def make_envpool(config: Config, env: gym.Env, seeds) -> VectorEnv:
         return envpool.make_gymnasium(name, **options, **config.env_options)
 
 
-def make_vector_env(config: Config, env: gym.Env, seeds) -> tuple:
+def make_vector_env(config, env, seeds):
     """N environments like `env` with NEXT_STEP autoreset; their first observations (N, *O).
 
     The row after an episode's end ignores its action, has reward 0 and is no transition.
@@ -574,25 +481,16 @@ def make_vector_env(config: Config, env: gym.Env, seeds) -> tuple:
     if config.vector_env == "envpool":
         envs = make_envpool(config, env, seeds)
         return envs, envs.reset()[0]
-    makers = [
-        functools.partial(make_env, config, name=f"environment {i}, first reset with seed {seed}")
-        for i, seed in enumerate(seeds)
-    ]
-    with worker_failure():
-        if config.vector_env == "sync":
-            envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
-        else:
-            spawn = functools.partial(make_in_worker, main_process=os.getpid())
-            makers = [functools.partial(spawn, *pair) for pair in zip(makers, seeds, strict=True)]
-            # no daemons: they may start processes of their own
-            envs = WorkerVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP, daemon=False)
-        return envs, envs.reset(seed=list(seeds))[0]
+    names = [f"environment {i}, first reset with seed {seed}" for i, seed in enumerate(seeds)]
+    makers = [functools.partial(make_env, config, name=name) for name in names]
+    envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+    return envs, envs.reset(seed=list(seeds))[0]
 
 
 class RunningMeanStd(nn.Module):
     """Mean and variance of all rows so far, of every process, in float64; 0 and 1 before any."""
 
-    def __init__(self, shape: tuple[int, ...] = ()):
+    def __init__(self, shape=()):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
@@ -625,7 +523,7 @@ class ObservationNormalizer(RunningMeanStd):
     what is stored is what the policy saw.
     """
 
-    def __init__(self, config: Config, space: Box):
+    def __init__(self, config, space: Box):
         is_vector = len(space.shape) == 1
         super().__init__(space.shape if is_vector else ())
         self.enabled = is_vector and config.norm_obs
@@ -646,18 +544,16 @@ class RewardNormalizer(RunningMeanStd):
     The mean is not subtracted: only the scale changes, never the sign.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config):
         super().__init__()
         self.config = config
 
-    def normalize(self, rewards: Tensor, valid: Tensor, discounted_return: Tensor) -> Tensor:
+    def normalize(self, rewards, valid, discounted_return) -> Tensor:
         """Scale the rewards (T, N) of a rollout.
 
         `discounted_return` (N,), each running episode's so far, is updated in place. A reset row
         sets it to zero, so every episode starts from there.
         """
-        if not self.config.norm_reward:
-            return rewards
         # sync point
         device, rewards, valid = rewards.device, rewards.cpu(), valid.cpu()
         history = torch.empty_like(rewards)
@@ -665,12 +561,14 @@ class RewardNormalizer(RunningMeanStd):
             discounted_return.mul_(self.config.gamma).add_(rewards[t]).mul_(valid[t])
             history[t] = discounted_return
         self.update(history[valid])
-        scaled = rewards / self.scale().to(rewards.dtype)
-        return scaled.clamp_(*self.config.clip_reward).to(device)
+        return self.scale(rewards).to(device)
 
-    def scale(self) -> Tensor:
-        """What rewards are divided by, ()."""
-        return torch.sqrt(self.var + 1e-16) if self.config.norm_reward else torch.ones(())
+    def scale(self, rewards: Tensor) -> Tensor:
+        """Rewards on the CPU, divided and clipped."""
+        if not self.config.norm_reward:
+            return rewards
+        scaled = rewards / torch.sqrt(self.var + 1e-16).to(rewards.dtype)
+        return scaled.clamp_(*self.config.clip_reward)
 
 
 # ==== 3. Networks =================================================================================
@@ -682,7 +580,7 @@ def orthogonal(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
     return layer
 
 
-def make_network(space: Box, hidden, outputs: int, config: Config, out_gain) -> nn.Sequential:
+def make_network(space, hidden, outputs, config, out_gain):
     """Linear layers with activations between; for images (C, H, W), two convolutions before them.
 
     Gains √2 inside and `out_gain` last: Andrychowicz et al. 2021, "What Matters In On-Policy RL".
@@ -710,7 +608,7 @@ class ActorCritic(nn.Module):
     bounds of a Box that has some, or numbers of choices.
     """
 
-    def __init__(self, obs_space: Box, action_space: gym.Space, config: Config):
+    def __init__(self, obs_space: Box, action_space: gym.Space, config):
         super().__init__()
         self.config = config
         choices = torch.tensor(choices_of(action_space))
@@ -747,13 +645,13 @@ class ActorCritic(nn.Module):
         normal = torch.distributions.Normal(mean, std, validate_args=False)
         return torch.distributions.Independent(normal, 1, validate_args=False)
 
-    def act(self, obs: Tensor) -> tuple:
+    def act(self, obs: Tensor):
         """Sampled actions and their log-probabilities (B,)."""
         distribution = self.distribution(obs)
         actions = distribution.sample()
         return actions, distribution.log_prob(actions)
 
-    def evaluate_actions(self, obs: Tensor, actions: Tensor) -> tuple:
+    def evaluate_actions(self, obs: Tensor, actions: Tensor):
         """Log-probabilities (B,) of given actions under the current policy; its entropies (B,)."""
         distribution = self.distribution(obs)
         return distribution.log_prob(actions), distribution.entropy()
@@ -767,7 +665,7 @@ class ActorCritic(nn.Module):
         return self.distribution(obs).mode
 
 
-def action_scale(space: Box) -> tuple[np.ndarray, np.ndarray]:
+def action_scale(space: Box):
     """The center and the half range of a Box, *A each; 0 and 1 where it has no bounds."""
     low, high = space.low.astype(float), space.high.astype(float)
     bounded = high - low < 1e30
@@ -795,7 +693,7 @@ def env_actions(actions: Tensor, space: gym.Space) -> np.ndarray:
 class Rollout:
     """T steps of N environments, preallocated on the device, and the unfinished episodes."""
 
-    def __init__(self, config: Config, env: gym.Env, seeds, first_obs: Tensor):
+    def __init__(self, config, env, seeds, first_obs: Tensor):
         T, N = config.rollout_steps, config.num_envs
         # row t + 1 is what step t returned; (T + 1, N, *O)
         self.obs = first_obs.new_zeros(T + 1, *first_obs.shape)
@@ -818,10 +716,10 @@ class Rollout:
         # for the reward normalizer
         self.discounted_return = torch.zeros(N)
         # the length at which each environment is restarted once, see stagger_episode_starts
-        self.restart_at = np.array(seeds) % (env.spec.max_episode_steps or sys.maxsize)
+        self.restart_at = np.array(seeds) % env.spec.max_episode_steps
 
 
-def stagger_episode_starts(envs: VectorEnv, normalizer, rollout: Rollout):
+def stagger_episode_starts(envs, normalizer, rollout):
     """Restart each environment once, when its episode reaches a random length of its own.
 
     Environments that learn to survive together would otherwise start, walk and end together ever
@@ -842,10 +740,10 @@ def stagger_episode_starts(envs: VectorEnv, normalizer, rollout: Rollout):
 
 
 @torch.no_grad()
-def collect_rollout(envs: VectorEnv, agent, normalizer, rollout) -> list:
-    """Fill `rollout` with the next T steps; returns (return, length) of episodes that ended, raw.
+def collect_rollout(envs, agent, normalizer, rollout):
+    """Fill `rollout` with the next T steps.
 
-    The normalizer learns from the observations only at the end.
+    Returns (return, length) of the episodes that ended, raw, and all raw observations (T × N, *O).
     """
     episodes, raw_obs = [], []
     stagger_episode_starts(envs, normalizer, rollout)
@@ -857,7 +755,7 @@ def collect_rollout(envs: VectorEnv, agent, normalizer, rollout) -> list:
         obs, rewards, terminated, truncated, _ = envs.step(actions)
         rollout.episode_return += rewards
         rollout.episode_length += ~rollout.ended
-        check_finite("environments", obs, rewards)
+        check_finite(obs, rewards)
 
         raw_obs.append(torch.from_numpy(obs))
         rollout.obs[t + 1] = normalizer.normalize(obs)
@@ -869,15 +767,13 @@ def collect_rollout(envs: VectorEnv, agent, normalizer, rollout) -> list:
         for i in np.flatnonzero(rollout.ended):
             episodes.append((float(rollout.episode_return[i]), int(rollout.episode_length[i])))
             rollout.episode_return[i] = rollout.episode_length[i] = 0
-    if normalizer.enabled:
-        normalizer.update(torch.cat(raw_obs))
-    return episodes
+    return episodes, torch.cat(raw_obs)
 
 
 # ==== 5. Advantages ===============================================================================
 
 
-def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda) -> tuple:
+def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016, equation 16) with two endings.
 
     Tensors rewards, terminated, truncated: (T, N); values: (T + 1, N), where values[t + 1] is the
@@ -893,7 +789,7 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda) -> tu
     return advantages, advantages + values[:-1]
 
 
-def learned_rewards(rewards, actions, terminated, config: Config) -> tuple:
+def learned_rewards(rewards, actions, terminated, config):
     """What is learned from: rewards less the cost of actions, failures at their own cost.
 
     Tensors rewards, terminated: (T, N) or (T,); actions: those and the environment's own shape. A
@@ -902,10 +798,8 @@ def learned_rewards(rewards, actions, terminated, config: Config) -> tuple:
     """
     failed = terminated & (rewards <= config.failure_reward)
     learned = torch.where(failed, rewards * config.failure_cost, rewards)
-    if config.action_cost > 0:
-        amounts = actions.abs().reshape(*rewards.shape, -1).sum(-1)
-        learned = learned - config.action_cost * amounts.to(learned)
-    return learned, failed
+    amounts = actions.abs().reshape(*rewards.shape, -1).sum(-1)
+    return learned - config.action_cost * amounts.to(learned), failed
 
 
 class Batch(NamedTuple):
@@ -927,12 +821,12 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def make_batch(rollout: Rollout, agent: ActorCritic, reward_normalizer, config: Config) -> Batch:
+def make_batch(rollout, agent, reward_normalizer, config) -> Batch:
     """Advantages and returns of the normalized rewards; reset rows are dropped."""
     taken = torch.from_numpy(env_actions(rollout.actions, rollout.action_space))
     rewards, failed = learned_rewards(rollout.rewards, taken, rollout.terminated, config)
     rewards = reward_normalizer.normalize(rewards, rollout.valid, rollout.discounted_return)
-    values = agent.value(rollout.obs.flatten(0, 1)).view(len(rollout.obs), -1)  # (T + 1, N)
+    values = agent.value(rollout.obs.flatten(0, 1)).view(len(rollout.obs), -1)
     # only failures stop the bootstrap, any ending the λ-trace
     cut = rollout.truncated | rollout.terminated
     advantages, returns = compute_gae(rewards, values, failed, cut, config.gamma, config.gae_lambda)
@@ -949,7 +843,7 @@ def make_batch(rollout: Rollout, agent: ActorCritic, reward_normalizer, config: 
 # ==== 6. Update ===================================================================================
 
 
-def ppo_loss(batch: Batch, logprobs, entropy, values, config: Config) -> tuple[Tensor, dict]:
+def ppo_loss(batch, logprobs, entropy, values, config):
     """The clipped objective (Schulman et al. 2017, equations 7 and 9) of the rows of `batch`.
 
     Tensors logprobs, entropy, values: (B,), of the networks as they are now. Returns the loss and
@@ -980,7 +874,7 @@ def ppo_loss(batch: Batch, logprobs, entropy, values, config: Config) -> tuple[T
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def adapt_learning_rates(optimizer: optim.Optimizer, kl: float, desired_kl: float):
+def adapt_learning_rates(optimizer, kl: float, desired_kl: float):
     """Multiply the learning rates by one factor, after an update whose KL was `kl`.
 
     The KL grows with the square of the rate. The policy's rate stays within 1e-6 and 1e-2.
@@ -992,7 +886,7 @@ def adapt_learning_rates(optimizer: optim.Optimizer, kl: float, desired_kl: floa
         group["lr"] *= float(factor)
 
 
-def average_over_processes(agent: ActorCritic, metrics: dict, rows: int) -> dict:
+def average_over_processes(agent, metrics, rows: int):
     """Gradients and metrics as means over the rows of all processes, in one flat all-reduce."""
     if not dist.is_initialized():
         return metrics
@@ -1005,11 +899,11 @@ def average_over_processes(agent: ActorCritic, metrics: dict, rows: int) -> dict
     return dict(zip(metrics, flat[-1 - len(values) : -1], strict=True))
 
 
-def mean_of(history: list[dict], name: str) -> Tensor:
+def mean_of(history, name: str) -> Tensor:
     return torch.stack([metrics[name] for metrics in history]).mean()
 
 
-def update(agent: ActorCritic, optimizer, batch: Batch, config: Config) -> dict:
+def update(agent, optimizer, batch, config) -> dict:
     """Epochs of freshly shuffled minibatches; returns metrics averaged over all of them.
 
     The rows are split into `num_minibatches` near-equal parts, so that none is tiny and every
@@ -1050,7 +944,7 @@ def update(agent: ActorCritic, optimizer, batch: Batch, config: Config) -> dict:
     return columns
 
 
-def schedule_learning_rates(optimizer: optim.Optimizer, config: Config, step: int):
+def schedule_learning_rates(optimizer, config, step: int):
     """Set the rates of policy and value function for an absolute step of the whole run."""
     progress = min(step / config.total_timesteps, 1.0)
     factors = {"constant": 1.0, "linear": 1 - progress}
@@ -1063,29 +957,21 @@ def schedule_learning_rates(optimizer: optim.Optimizer, config: Config, step: in
 # ==== 7. Evaluate =================================================================================
 
 
-class Policy(NamedTuple):
-    """The deterministic policy: what plays in evaluation and film, its statistics frozen."""
-
-    agent: ActorCritic
-    normalizer: ObservationNormalizer
-    action_space: gym.Space
-
-    @torch.inference_mode()
-    def act(self, obs: np.ndarray) -> np.ndarray:
-        """Raw observations (B, *O) to actions (B, A), clipped to their space."""
-        device = next(self.agent.parameters()).device
-        actions = self.agent.mean_action(self.normalizer.normalize(obs).to(device))
-        return env_actions(actions, self.action_space)
+@torch.inference_mode()
+def act(agent, normalizer, action_space, obs: np.ndarray) -> np.ndarray:
+    """The deterministic policy: raw observations (B, *O) to actions (B, A) within their space."""
+    device = next(agent.parameters()).device
+    return env_actions(agent.mean_action(normalizer.normalize(obs).to(device)), action_space)
 
 
-def play(act: Callable, config: Config, seeds, render=None, watch=False) -> Iterator[tuple]:
+def play(act, config, seeds, render=None) -> Iterator[tuple]:
     """One deterministic episode for each seed; yields (environment, step) after each step.
 
     A step is a dict of what it began with, was given, and led to. `render` is a render mode.
     """
     for episode, seed in enumerate(seeds):
         # a new environment, as a Box2D world keeps traces of the last episode
-        with make_env(config, render, f"environment, first reset with seed {seed}", watch) as env:
+        with make_env(config, render, f"environment, first reset with seed {seed}") as env:
             obs, _ = env.reset(seed=seed)
             ended = False
             while not ended:
@@ -1098,26 +984,42 @@ def play(act: Callable, config: Config, seeds, render=None, watch=False) -> Iter
                 obs, ended = next_obs, terminated or truncated
 
 
-def map_in_workers(task: Callable, arguments, stop=None, known=None) -> list:
+# Windows has no SIGHUP
+END_SIGNALS = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+
+
+def interrupt(number: int, _frame):
+    """A handler that lets a signal end the program as Ctrl-C does."""
+    raise KeyboardInterrupt(number)
+
+
+def prepare_worker():
+    """Let a worker process live exactly as long as the main process, which alone gets signals."""
+    for number in (signal.SIGINT, *END_SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=exit_with_main_process, daemon=True).start()
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    torch.set_num_threads(1)
+
+
+def exit_with_main_process():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def map_in_workers(task, arguments) -> list:
     """task(argument) for each argument, in their order, in worker processes on all cores.
 
-    Raises what a task raises, TrainingError if a worker dies, and CancelledError at a signal that
-    `stop`, a StopSignals, has received, unless it is `known`. None of them is left in the end,
+    Raises what a task raises, and TrainingError if a worker dies. None of them is left in the end,
     whatever it is doing.
     """
     # a process that has run JAX cannot be forked
     context = multiprocessing.get_context("spawn" if "jax" in sys.modules else None)
     pool = ProcessPoolExecutor(min(os.cpu_count(), len(arguments)), context, prepare_worker)
     try:
-        with worker_failure():
-            futures = [pool.submit(task, argument) for argument in arguments]
-            for future in futures:
-                done = False
-                while not done:
-                    if stop and stop.received != known:
-                        raise CancelledError("stopped by a signal")
-                    done = wait([future], timeout=0.2).done
-            return [future.result() for future in futures]
+        with reraise_as(TrainingError, "a worker process died", BrokenExecutor):
+            return list(pool.map(task, arguments))
     finally:
         # Python 3.14 has kill_workers for it
         for process in list((pool._processes or {}).values()):
@@ -1125,37 +1027,35 @@ def map_in_workers(task: Callable, arguments, stop=None, known=None) -> list:
         pool.shutdown()
 
 
-def play_in_worker(saved_act: bytes, config: Config, seed: int, render=None) -> Iterator[tuple]:
+def play_in_worker(saved_act, config, seed, render=None):
     """Like `play`, of one episode, on the CPU."""
     # for environments that draw from the global generators
     seed_generators(seed)
     act = torch.load(io.BytesIO(saved_act), "cpu", weights_only=False)
-    return play(act, config, [seed], render=render, watch=True)
+    return play(act, config, [seed], render)
 
 
-def play_one(saved_act: bytes, config: Config, seed: int) -> tuple[float, int]:
+def play_one(saved_act, config, seed):
     """The raw return and the length of one episode."""
     rewards = [float(step["rewards"]) for _, step in play_in_worker(saved_act, config, seed)]
-    # Box2D worlds are in reference cycles, 300 KB each
-    gc.collect()
     return sum(rewards), len(rewards)
 
 
-def to_bytes(value: Any) -> bytes:
+def to_bytes(value) -> bytes:
     """What torch.save writes."""
     data = io.BytesIO()
     torch.save(value, data)
     return data.getvalue()
 
 
-def evaluate_policy(act: Callable, config: Config, seeds, run=map_in_workers) -> tuple:
+def evaluate_policy(act, config, seeds):
     """Raw returns and lengths, (episodes,) each, of one deterministic episode for each seed.
 
     Every one counts, in the order of the seeds: to count the first to finish would favor falls.
-    Touches no training state. Raises what `run` raises, which is like `map_in_workers`.
+    Touches no training state. Raises what `map_in_workers` raises.
     """
     task = functools.partial(play_one, to_bytes(act), config)
-    returns, lengths = np.transpose(run(task, seeds))
+    returns, lengths = np.transpose(map_in_workers(task, seeds))
     return returns, lengths
 
 
@@ -1164,10 +1064,9 @@ def evaluate_policy(act: Callable, config: Config, seeds, run=map_in_workers) ->
 LAST = "checkpoints_walker/last.pt"
 BEST = "checkpoints_walker/best.pt"
 
-# parts of a Learner: those that act, those with the scale of values, and all that training changes
-POLICY = ("agent", "obs_normalizer")
-JUDGED_POLICY = (*POLICY, "reward_normalizer")
-LEARNED = (*JUDGED_POLICY, "optimizer")
+# parts of a Learner: those of a policy and its values, and all that training changes
+POLICY = ("agent", "obs_normalizer", "reward_normalizer")
+LEARNED = (*POLICY, "optimizer")
 
 
 @contextlib.contextmanager
@@ -1176,10 +1075,10 @@ def atomic_path(path: Path):
 
     TrainingError if that fails; what was there before stays.
     """
-    # other programs may write there too
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     with reraise_as(TrainingError, f"{path} cannot be written", OSError):
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
@@ -1214,8 +1113,7 @@ class Counters(Validated):
 def provenance() -> dict:
     """The command, versions and machine of this process, for readers; a commit if there is one."""
     found = {"command": sys.argv, "python": sys.version, "platform": platform.platform()}
-    for name in {"torch", "gymnasium", "numpy", "envpool"} & set(sys.modules):
-        found[name] = str(sys.modules[name].__version__)
+    found["packages"] = {package.name: package.version for package in metadata.distributions()}
     git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):
         found["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -1225,7 +1123,7 @@ def provenance() -> dict:
 class Learner:
     """Everything that a checkpoint holds: networks, optimizer, normalizers and counters."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config):
         self.config = config
         self.device = resolve_device(config.device)
         # never stepped: for its spaces, its spec and its metadata
@@ -1241,16 +1139,14 @@ class Learner:
         self.optimizer = self._make_optimizer()
         self.obs_normalizer = ObservationNormalizer(config, obs_space)
         self.reward_normalizer = RewardNormalizer(config)
-        self.act = Policy(self.agent, self.obs_normalizer, action_space).act
+        self.act = functools.partial(act, self.agent, self.obs_normalizer, action_space)
         self.counters = Counters()
-        # False within an update
+        # False from an update until its row is logged
         self.is_whole = True
         # which run it is, and what made it
-        self.about = {"run": os.urandom(8).hex()}
-        # when last.pt was written
-        self.saved_at = -math.inf
-        # how long the latest checkpoint took to write
-        self.save_s = 0.0
+        self.about = {"run": os.urandom(8).hex(), "reward_threshold": self.threshold}
+        # when last.pt was written, and how long that took
+        self.saved_at, self.save_s = -math.inf, 0.0
 
     def _make_optimizer(self) -> optim.Optimizer:
         policy = [p for name, p in self.agent.named_parameters() if not name.startswith("critic.")]
@@ -1274,17 +1170,14 @@ class Learner:
 
         Tensors and plain values only, so that loading it can run no code.
         """
-        began = time.perf_counter()
         state = {part: getattr(self, part).state_dict() for part in LEARNED}
-        state.update(format=CHECKPOINT_FORMAT, version=__version__, about=self.about)
-        state.update(config=saved_settings(self.config), counters=vars(self.counters))
-        # not into the file: it makes a RuntimeError of a full disk
-        data = to_bytes(state)
+        state.update(format=CHECKPOINT_FORMAT, about=self.about)
+        state.update(config=vars(self.config), counters=vars(self.counters))
         with atomic_path(Path(self.config.out, name)) as temporary:
-            temporary.write_bytes(data)
-        self.save_s = time.perf_counter() - began
+            # torch.save into the file makes a RuntimeError of a full disk
+            temporary.write_bytes(to_bytes(state))
 
-    def load(self, state: dict, source, parts: Sequence[str]):
+    def load(self, state, source, parts):
         """Load these parts of a checkpoint's state. UserError if they do not fit."""
         # any Exception: the file may hold anything
         with reraise_as(UserError, f"{source} does not fit this run", Exception):
@@ -1297,34 +1190,31 @@ def load_checkpoint(path, env: str | None = None) -> dict:
     """A checkpoint's state on the CPU. Runs no code from it; UserError if it cannot be used.
 
     torch.load does not look at checksums, and loads most flipped bits silently as other values, so
-    they are tested first. Nothing may unpack to more than the file holds. An environment of the
-    form MODULE:ID would be imported, so the user must give it as `env`.
+    they are tested first. An environment of the form MODULE:ID would be imported, so the user must
+    give it as `env`.
     """
     data = Path(path).read_bytes()
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            unpacked = sum(record.file_size for record in archive.infolist())
-            # a folder, say, whose contents torch would skip
-            marked = any(record.external_attr for record in archive.infolist())
-            if unpacked > len(data) or marked or archive.testzip() is not None:
-                raise ValueError("a checksum or a header is wrong")
+            # torch would skip what is marked as a folder
+            if archive.testzip() or any(record.external_attr for record in archive.infolist()):
+                raise ValueError("a checksum is wrong")
         state = torch.load(io.BytesIO(data), "cpu", weights_only=True)
-        version, number, saved_env = state["version"], state["format"], str(state["config"]["env"])
-        # tells whose it is
-        state["about"]["run"]
+        number, saved_env, _ = state["format"], str(state["config"]["env"]), state["about"]["run"]
     except Exception:
         # a damaged or forged file can raise anything
-        raise UserError(f"{path} is no checkpoint of this program, or a damaged one") from None
+        raise UserError(f"{path} is no checkpoint, or a damaged one") from None
     if number != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} is of version {version}, format {number}, not {CHECKPOINT_FORMAT}")
+        raise UserError(f"{path} has format {number}, this program reads {CHECKPOINT_FORMAT}")
     if ":" in saved_env and env is None:
-        raise UserError(f"{path} would import {saved_env}: allow it with --env {saved_env}")
+        raise UserError(f"{path} would import {saved_env!r}: allow it with --env")
     return state
 
 
-def config_from(settings: dict, source) -> Config:
+def config_from(settings, source) -> Config:
     """The Config of a config.json or a checkpoint. UserError names `source`."""
-    settings = {name: value for name, value in settings.items() if name != "_about"}
+    # `out` is where it lies now
+    settings = {name: v for name, v in settings.items() if name not in ("_about", "out")}
     # a name may be no string
     with reraise_as(UserError, str(source), UserError, TypeError):
         return Config.for_env(**settings)
@@ -1332,12 +1222,12 @@ def config_from(settings: dict, source) -> Config:
 
 # What --resume may change: nothing that shapes the learner but the length of its schedule.
 RESUMABLE = {
-    "total_timesteps", "device", "vector_env", "step_timeout", "out", "eval_every",
-    "eval_episodes", "checkpoint_every", "record_every", "tensorboard", "stop_when_solved",
+    "total_timesteps", "device", "vector_env", "out", "eval_every", "eval_episodes",
+    "checkpoint_every", "record_every", "tensorboard", "stop_when_solved",
 }  # fmt: skip
 
 
-def resume_learner(config: Config, source) -> Learner:
+def resume_learner(config, source) -> Learner:
     """The learner of a checkpoint. UserError if `config` differs in what the learner sees."""
     state = load_checkpoint(source, config.env)
     saved = config_from(state["config"], source)
@@ -1355,7 +1245,7 @@ def resume_learner(config: Config, source) -> Learner:
     return learner
 
 
-def load_learner(checkpoint, env: str | None = None, device="auto", env_kwargs=()) -> Learner:
+def load_learner(checkpoint, env=None, device="auto", env_kwargs=()) -> Learner:
     """A trained policy with its statistics: `load_learner(path).act(obs)`.
 
     `env` is another environment to play in, `env_kwargs` are other arguments ("KEY=VALUE", …).
@@ -1363,13 +1253,11 @@ def load_learner(checkpoint, env: str | None = None, device="auto", env_kwargs=(
     """
     state = load_checkpoint(checkpoint, env)
     config = config_from(state["config"], checkpoint)
-    changes = {"device": device}
-    if env not in (None, config.env):
-        changes.update(env=env, env_kwargs=())
-    if env_kwargs:
-        changes.update(env_kwargs=env_kwargs)
+    if env in (None, config.env):
+        env, env_kwargs = config.env, env_kwargs or config.env_kwargs
+    changes = {"env": env, "env_kwargs": env_kwargs, "device": device}
     learner = Learner(dataclasses.replace(config, **changes))
-    learner.load(state, checkpoint, JUDGED_POLICY)
+    learner.load(state, checkpoint, POLICY)
     return learner
 
 
@@ -1392,20 +1280,12 @@ CONFIG_JSON = "checkpoints_walker/config.json"
 TENSORBOARD = "checkpoints_walker/tensorboard"
 FILM = "videos/walker_final.mp4"
 CURVES = "plots/training_curves.png"
-# What a killed run leaves below --out, and all that a run writes, as patterns.
-HALF_WRITTEN = ["checkpoints_walker/.*.tmp.*"]
+# All that a run writes below --out, as patterns.
 RUN_FILES = [
     LAST, BEST, METRICS_CSV, CONFIG_JSON, CURVES, FILM, "videos/walker_final.gif",
     "checkpoints_walker/step_[0-9]*.pt", "videos/step_[0-9]*.mp4", "videos/step_[0-9]*.gif",
-    f"{TENSORBOARD}/events.*", *HALF_WRITTEN,
+    f"{TENSORBOARD}/events.*", "checkpoints_walker/.*.tmp.*",
 ]  # fmt: skip
-
-
-def make_folders(*folders: Path):
-    """UserError if one cannot be made."""
-    for folder in folders:
-        with reraise_as(UserError, f"--out cannot be written to: {folder}", OSError):
-            folder.mkdir(parents=True, exist_ok=True)
 
 
 def run_in(out: Path) -> dict:
@@ -1415,28 +1295,22 @@ def run_in(out: Path) -> dict:
     return {}
 
 
-def launch_id() -> str:
-    """The same in all processes of one torchrun on one machine, and when it starts them again."""
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
-
-
 @contextlib.contextmanager
-def claim_folder(out: Path, run: str, resume, overwrite: bool):
-    """Make the folders of a run and lock them. `resume` is the checkpoint that it goes on from.
+def claim_folder(out: Path, run, overwrite):
+    """Make and lock the folder of the run with this id.
 
-    UserError if they hold another run, one is running in them, or they cannot be written to.
+    UserError if it holds another run, one is running in it, or it cannot be written to.
     """
     checkpoints = out / "checkpoints_walker"
     holds_run = any((out / name).exists() for name in (BEST, LAST, METRICS_CSV))
-    is_own = resume is not None and Path(resume).absolute().parent == checkpoints
-    is_own = is_own and run_in(out).get("run") == run
-    if holds_run and not (is_own or overwrite):
+    if holds_run and not overwrite and run_in(out).get("run") != run:
         advice = "--resume it, or use another --out or --overwrite"
         raise UserError(f"{checkpoints} holds a run: {advice}")
-    make_folders(checkpoints, out / "videos", out / "plots")
-    in_use = reraise_as(UserError, f"{checkpoints} is in use by another run", Timeout)
-    with in_use, FileLock(checkpoints / ".lock", timeout=0):
-        for pattern in RUN_FILES if overwrite else HALF_WRITTEN:
+    with reraise_as(UserError, f"--out {out} is in use, or cannot be written to", OSError):
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(checkpoints / ".lock").acquire(timeout=0)
+    with lock:
+        for pattern in RUN_FILES if overwrite else ():
             for path in out.glob(pattern):
                 path.unlink()
         yield
@@ -1456,7 +1330,7 @@ def read_rows(path: Path, step: int) -> list[str]:
 class RunLog(contextlib.ExitStack):
     """metrics.csv, the progress bar on a terminal, and plain lines everywhere."""
 
-    def __init__(self, path: Path, rows: list[str], config: Config, counters: Counters):
+    def __init__(self, path: Path, rows, config, counters):
         from tqdm import tqdm
 
         super().__init__()
@@ -1464,11 +1338,10 @@ class RunLog(contextlib.ExitStack):
         self.last_line_at = time.monotonic()
         with atomic_path(path) as temporary:
             temporary.write_text("".join(f"{row}\n" for row in rows), newline="")
-        steps = config.steps_per_iteration
-        total = math.ceil(config.total_timesteps / steps) * steps
+        bar = {"total": config.total_timesteps, "initial": counters.step, "unit": " steps"}
         # None: only a terminal gets the bar; a closed output does not
-        bar = {"unit": " steps", "unit_scale": True, "disable": None if sys.stderr else True}
-        self.bar = self.enter_context(tqdm(total=total, initial=counters.step, **bar))
+        off = None if sys.stderr else True
+        self.bar = self.enter_context(tqdm(**bar, unit_scale=True, disable=off))
         self.board = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -1478,8 +1351,7 @@ class RunLog(contextlib.ExitStack):
 
     def row(self, values: dict):
         """Append a row of those with a column, which is empty without one. Show the progress."""
-        best, values = values["best_return"], {k: values[k] for k in CSV_COLUMNS if k in values}
-        values = {name: value for name, value in values.items() if value != -math.inf}
+        values = {k: v for k, v in values.items() if k in CSV_COLUMNS and v != -math.inf}
         cells = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in values.items()}
         line = ",".join(cells.get(name, "") for name in CSV_COLUMNS)
         failed = reraise_as(TrainingError, f"{self.path} cannot be written", OSError)
@@ -1488,8 +1360,7 @@ class RunLog(contextlib.ExitStack):
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(BOARD_NAMES.get(name, f"train/{name}"), value, values["step"])
-        best = "–" if best == -math.inf else f"{best:.1f}"
-        text = f"return {values.get('training_return', math.nan):.1f}, best {best}"
+        text = f"return {values.get('training_return', math.nan):.1f}"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(values["step"] - self.bar.n)
         if self.bar.disable and time.monotonic() - self.last_line_at > 10:
@@ -1503,49 +1374,30 @@ class RunLog(contextlib.ExitStack):
         self.last_line_at = time.monotonic()
 
 
-def write_config(learner: Learner, path: Path):
-    """Every setting as JSON, for --config; `_about` is for readers, plots and --resume."""
-    about = {"reward_threshold": learner.threshold, "version": __version__, "launch": launch_id()}
-    settings = {**saved_settings(learner.config), "_about": {**about, **learner.about}}
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def film_one(saved_act: bytes, config: Config, measure, limit: int, files, seed: int) -> list:
+def film_one(saved_act, config, measure, limit, files, seed: int) -> list:
     """Film an episode in a worker process, see `record_episode`."""
     import viz
 
-    steps = []
     episode = play_in_worker(saved_act, config, seed, "rgb_array")
-    with viz.film(*files) as add_frame:
-        # some environments take seconds to render a frame
-        latest = time.monotonic() + 60
-        for env, step in itertools.islice(episode, limit):
-            add_frame(env.render())
-            steps.append({**step, **(measure(env) if measure else {})})
-            if time.monotonic() > latest:
-                break
-    return steps
+    return viz.film(itertools.islice(episode, limit), *files, measure)
 
 
-def record_episode(learner, seed, mp4: Path, seconds=None, measure=None, stop=None) -> list:
+def record_episode(learner, seed, mp4: Path, seconds=None, measure=None) -> list:
     """Film one deterministic episode, at most `seconds` (120 s), headless, as an MP4 and a GIF.
 
-    What takes over a minute to film is left out.
-
     Returns the data of each step, and with it what `measure` finds in the environment after it.
-    TrainingError, whatever goes wrong, or if `stop` receives a signal.
+    TrainingError, whatever goes wrong.
     """
     limit, act = math.ceil((seconds or 120) * learner.fps), to_bytes(learner.act)
-    # any Exception: it comes from the environment, its pictures or the encoder
-    failed = reraise_as(TrainingError, "no video", Exception)
+    # anything: it comes from the environment, its pictures or the encoder
+    failed = reraise_as(TrainingError, "no video", Exception, SystemExit)
     with failed, atomic_path(mp4) as film, atomic_path(mp4.with_suffix(".gif")) as gif:
         files = learner.fps, film, gif
         task = functools.partial(film_one, act, learner.config, measure, limit, files)
-        return map_in_workers(task, [seed], stop, stop and stop.received)[0]
+        return map_in_workers(task, [seed])[0]
 
 
-def write_episode_data(learner: Learner, steps: list, path: Path):
+def write_episode_data(learner, steps, path):
     """Steps of `play` as an .npz for viz.py: arrays (steps, …), their values, and the units."""
     arrays = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
     arrays["values"] = learner.value(arrays["observations"])
@@ -1553,67 +1405,35 @@ def write_episode_data(learner: Learner, steps: list, path: Path):
     config = learner.config.at(learner.counters.step, learner.counters.training_return)
     tensors = (torch.as_tensor(arrays[name]) for name in ("rewards", "actions", "terminated"))
     learned, failed = learned_rewards(*tensors, config)
-    arrays.update(learned_rewards=learned, failed=failed)
-    clip = config.clip_reward if config.norm_reward else (-math.inf, math.inf)
-    units = {"dt": 1 / learner.fps, "gamma": config.gamma, "reward_clip": clip}
-    units["reward_scale"] = learner.reward_normalizer.scale()
+    arrays.update(learned_rewards=learner.reward_normalizer.scale(learned), failed=failed)
+    arrays.update(dt=1 / learner.fps, gamma=config.gamma)
     with atomic_path(path) as temporary:
-        np.savez_compressed(temporary, **arrays, **units)
+        np.savez_compressed(temporary, **arrays)
 
 
-class StopSignals(contextlib.ExitStack):
-    """While entered, a first signal to end is noted in `received`; a second one exits.
-
-    One keypress can arrive twice, from the terminal and from a launcher that passes it on, so a
-    second one counts only a second later.
-    """
-
-    received: int | None = None
-
-    def __enter__(self) -> StopSignals:
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        # Windows has no SIGHUP, and nohup ignores it
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        for number in numbers:
-            # None: a handler that was not set from Python
-            previous = signal.signal(number, self._handle) or signal.SIG_DFL
-            self.callback(signal.signal, number, previous)
-        return self
-
-    def _handle(self, number: int, _frame: Any):
-        if self.received is None:
-            self.received = number
-            self.received_at = time.monotonic()
-            # not print: the signal may interrupt one
-            os.write(2, b"\nstopping after this iteration; once more to leave at once\n")
-        elif time.monotonic() > self.received_at + 1:
-            os._exit(128 + number)
-
-
-def episode_columns(episodes: list) -> dict:
+def episode_columns(episodes) -> dict:
     """Raw returns and lengths of the episodes that ended in an iteration."""
     columns = {"episodes": len(episodes)}
-    if episodes:
-        for name, values in zip(("return", "length"), np.transpose(episodes), strict=True):
-            found = {"mean": values.mean(), "min": values.min(), "max": values.max()}
-            columns.update({f"{name}_{key}": value for key, value in found.items()})
+    for i, name in enumerate(["return", "length"] if episodes else []):
+        values = [episode[i] for episode in episodes]
+        columns.update({f"{name}_mean": np.mean(values), f"{name}_min": min(values)})
+        columns[f"{name}_max"] = max(values)
     return columns
 
 
-def film_policy(learner: Learner, log: RunLog, mp4: Path, stop: StopSignals):
+def film_policy(learner, log, mp4: Path):
     """Film an episode with the run's own seed for films; one line if that cannot be."""
     [seed] = env_seeds(learner.config.seed, VIDEO, 1)
     log.line("filming an episode …")
     try:
-        record_episode(learner, seed, mp4, stop=stop)
+        record_episode(learner, seed, mp4)
         log.line(f"video: {mp4}, and a GIF beside it")
     # a film is not worth a training
     except TrainingError as error:
         log.line(str(error))
 
 
-def draw_curves(learner: Learner, log: RunLog):
+def draw_curves(learner, log):
     import viz
 
     csv, png = (Path(learner.config.out, name) for name in (METRICS_CSV, CURVES))
@@ -1622,46 +1442,50 @@ def draw_curves(learner: Learner, log: RunLog):
     log.line(f"curves: {png}")
 
 
-def export(learner: Learner, log: RunLog, stop: StopSignals):
+def export(learner, log):
     """Sum up the run, plot the curves, and film the best policy there is."""
     counters, out = learner.counters, Path(learner.config.out)
     log.line(f"{counters.step:,} steps in {counters.wall_s / 60:.1f} min")
     draw_curves(learner, log)
-    # a scheduler's SIGTERM leaves no time for it
-    if stop.received in (None, signal.SIGINT):
-        if (out / BEST).exists():
-            learner.load(load_checkpoint(out / BEST, learner.config.env), out / BEST, POLICY)
-        film_policy(learner, log, out / FILM, stop)
+    if (out / BEST).exists():
+        learner.load(load_checkpoint(out / BEST, learner.config.env), out / BEST, POLICY)
+    film_policy(learner, log, out / FILM)
 
 
 @contextlib.contextmanager
-def open_run(learner: Learner, resume, overwrite: bool) -> Iterator[RunLog]:
+def open_run(learner, overwrite: bool) -> Iterator[RunLog]:
     """Claim the folder of a run and write its first files; if training fails, draw its curves."""
     config, counters, out = learner.config, learner.counters, Path(learner.config.out)
-    with claim_folder(out, learner.about["run"], resume, overwrite):
+    with claim_folder(out, learner.about["run"], overwrite):
         rows = read_rows(out / METRICS_CSV, counters.step)
-        write_config(learner, out / CONFIG_JSON)
+        with atomic_path(out / CONFIG_JSON) as temporary:
+            # `_about` is for readers, plots and --resume
+            temporary.write_text(json.dumps({**vars(config), "_about": learner.about}, indent=2))
         # before metrics.csv: if killed between, a resume still cuts it to this step
         learner.save(LAST)
         with RunLog(out / METRICS_CSV, rows, config, counters) as log:
-            log.line(describe_run(learner))
+            preset = "its preset" if preset_name(config.env) in PRESETS else "no preset"
+            limit = learner.env.spec.max_episode_steps
+            log.line(f"{config.env} ({preset}, at most {limit:,} steps), seed {config.seed}")
+            log.line(f"{config.num_envs} {config.vector_env} environments, {learner.device}, {out}")
             try:
                 yield log
-            except TrainingError:
+            except (TrainingError, KeyboardInterrupt):
                 # unless it is the disk that failed
                 with contextlib.suppress(TrainingError):
                     if learner.is_whole:
                         learner.save(LAST)
                     draw_curves(learner, log)
+                log.line("stopped: --resume goes on")
                 raise
 
 
-def is_due(every: int, step: int, config: Config) -> bool:
+def is_due(every: int, step: int, config) -> bool:
     """Whether the iteration that ends at `step` is the first at or past a multiple of `every`."""
     return every > 0 and step // every > (step - config.steps_per_iteration) // every
 
 
-def evaluate_if_due(learner: Learner, log: RunLog, started: float, evaluate: Callable) -> tuple:
+def evaluate_if_due(learner, log, started):
     """If an evaluation is due: its columns, and whether this policy is the best so far.
 
     A mean at the threshold is confirmed on 100 new episodes, and the policy ranked by those: the
@@ -1673,14 +1497,14 @@ def evaluate_if_due(learner: Learner, log: RunLog, started: float, evaluate: Cal
     if not (is_last or is_due(config.eval_every, counters.step, config)):
         return {}, False
     seeds = env_seeds(config.seed, EVALUATE, config.eval_episodes)
-    returns, _ = evaluate(learner.act, config, seeds)
+    returns, _ = evaluate_policy(learner.act, config, seeds)
     columns = {"eval_return_mean": returns.mean(), "eval_return_std": returns.std()}
     columns["eval_episodes"] = len(returns)
     # few episodes do not outrank a hundred
     counts = threshold is None or returns.mean() < threshold
     if not counts and (counters.solved_step is None or is_last):
         counts, seeds = True, env_seeds(config.seed, CONFIRM, 100, step=counters.step)
-        returns, _ = evaluate(learner.act, config, seeds)
+        returns, _ = evaluate_policy(learner.act, config, seeds)
         if counters.solved_step is None and returns.mean() >= threshold:
             counters.solved_step = counters.step
             log.line(f"solved after {(time.perf_counter() - started) / 60:.1f} min (100 episodes)")
@@ -1693,57 +1517,30 @@ def evaluate_if_due(learner: Learner, log: RunLog, started: float, evaluate: Cal
     return columns, is_best
 
 
-def save_if_due(learner: Learner, is_best: bool, iteration_s: float):
-    """Write best.pt, step_N.pt and last.pt where due, after an iteration of `iteration_s` seconds.
+def save_if_due(learner, is_best: bool):
+    """Write best.pt, step_N.pt and last.pt where due.
 
-    last.pt is written where that costs under 1 % of the iteration, else at most every 10 s.
+    last.pt is, where that costs under 1 % of the time since the last one, or after 10 s.
     """
     step = learner.counters.step
     if is_best:
         learner.save(BEST)
     if is_due(learner.config.checkpoint_every, step, learner.config):
         learner.save(f"checkpoints_walker/step_{step}.pt")
-    if learner.save_s < 0.01 * iteration_s or time.perf_counter() - learner.saved_at >= 10:
+    began = time.perf_counter()
+    if began - learner.saved_at > min(100 * learner.save_s, 10):
         learner.save(LAST)
         learner.saved_at = time.perf_counter()
+        learner.save_s = learner.saved_at - began
 
 
 # ==== 10. Train ===================================================================================
 
 
-def configure_torch(agent: ActorCritic):
-    """Set precision and threads for this whole process."""
-    # TF32 on CUDA
-    torch.set_float32_matmul_precision("high")
-    if sum(p.numel() for p in agent.parameters()) < 100_000:
-        # small networks lose more to threads than they gain
-        torch.set_num_threads(1)
-
-
-def check_memory(config: Config, env: gym.Env):
-    """UserError if the observations of a rollout do not fit into this machine's memory."""
-    size = 4 * config.batch_size * math.prod(env.observation_space.shape)
-    # Windows does not tell
-    pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    if size > pages * 4096:
-        need = f"a rollout needs {size / 1e9:,.1f} GB"
-        raise UserError(f"{need}: lower --num-envs or --rollout-steps")
-
-
-def describe_run(learner: Learner) -> str:
-    """What is about to run."""
-    config, limit = learner.config, learner.env.spec.max_episode_steps
-    preset = "its preset" if preset_name(config.env) in PRESETS else "no preset"
-    text = f"{config.env} ({preset}, at most {limit:,} steps), seed {config.seed}, "
-    text += f"{config.num_envs} environments ({config.vector_env}), {learner.device}"
-    return f"{text}, into {config.out}"
-
-
-def prepare_learner(config: Config, resume) -> Learner:
+def prepare_learner(config, resume) -> Learner:
     """A new learner, or one that goes on from `resume`. Writes nothing."""
-    if config.tensorboard:
-        with reraise_as(UserError, "--tensorboard needs `pip install tensorboard`", ImportError):
-            import tensorboard  # noqa: F401
+    if config.tensorboard and not find_spec("tensorboard"):
+        raise UserError("--tensorboard needs `pip install tensorboard`")
     # the same networks in every process
     seed_generators(env_seeds(config.seed, LEARN, 1)[0])
     if resume is not None:
@@ -1751,14 +1548,15 @@ def prepare_learner(config: Config, resume) -> Learner:
     initial = config.init_from and load_checkpoint(config.init_from, config.env)
     learner = Learner(config)
     if initial:
-        learner.load(initial, config.init_from, JUDGED_POLICY)
+        learner.load(initial, config.init_from, POLICY)
         learner.counters = Counters()
-    if config.stop_when_solved and learner.threshold is None:
-        raise UserError(f"--stop-when-solved: {config.env} has no threshold")
+    if config.stop_when_solved and (learner.threshold is None or config.eval_every == 0):
+        need = "a reward threshold of the environment, and --eval-every above 0"
+        raise UserError(f"--stop-when-solved needs {need}")
     return learner
 
 
-def average_return(average: float, episodes: list) -> float:
+def average_return(average, episodes) -> float:
     """The running mean of returns after the episodes of one more iteration, of all processes.
 
     Each episode has a weight of 0.02. -inf before the first has ended.
@@ -1771,52 +1569,44 @@ def average_return(average: float, episodes: list) -> float:
     return mean if average == -math.inf else mean + 0.98**count * (average - mean)
 
 
-def check_losses(losses: dict[str, float], step: int):
-    """TrainingError that names the first metric that is not finite."""
-    for name, value in losses.items():
-        if not math.isfinite(value):
-            raise TrainingError(f"{name} is {value} after step {step:,}: lower --learning-rate")
-
-
-def train(config: Config, resume=None, overwrite=False, stop=None) -> Counters:
+def train(config, resume=None, overwrite=False) -> Counters:
     """Train, evaluate, save, log, and at the end plot the curves and film the best policy.
 
-    `resume` is the checkpoint to go on from; `overwrite` removes an earlier run's files first. A
-    signal that `stop`, a StopSignals, receives ends the run early. Returns how far it has come.
-    Raises UserError for what the user can mend, TrainingError if training cannot go on.
+    `resume` is the checkpoint to go on from; `overwrite` removes an earlier run's files first.
+    Returns how far it has come. Raises UserError for what the user can mend, TrainingError if
+    training cannot go on. After that, or KeyboardInterrupt, the run can be resumed.
     """
     # an environment may change the current folder
     config = dataclasses.replace(config, out=os.path.abspath(config.out))
-    out = Path(config.out)
-    stop = stop or StopSignals()
     with contextlib.ExitStack() as stack:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             join_processes()
             stack.callback(dist.destroy_process_group)
         rank, _ = rank_and_world_size()
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        if restarted and run_in(out).get("launch") == launch_id():
-            resume, overwrite = out / LAST, False
+        # what torchrun starts again must not remove what it has made
+        overwrite = overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         learner = prepare_learner(config, resume)
         agent, counters = learner.agent, learner.counters
-        configure_torch(agent)
-        check_memory(config, learner.env)
+        # small networks lose more to threads than they gain
+        if sum(p.numel() for p in agent.parameters()) < 100_000:
+            torch.set_num_threads(1)
+        # TF32 on CUDA
+        torch.set_float32_matmul_precision("high")
         seeds = env_seeds(config.seed, TRAIN, config.num_envs, rank, counters.step)
         envs, raw_obs = make_vector_env(config, learner.env, seeds)
         stack.callback(envs.close)
+        first_obs = learner.obs_normalizer.normalize(raw_obs).to(learner.device)
+        with reraise_as(UserError, "lower --num-envs or --rollout-steps", RuntimeError):
+            rollout = Rollout(config, learner.env, seeds, first_obs)
         learner.about.update(provenance())
-        run = functools.partial(map_in_workers, stop=stop)
-        evaluate = functools.partial(evaluate_policy, run=run)
         # barrier: every process has read what rank 0 may remove now
         any_process(False)
         if rank == 0:
-            log = stack.enter_context(open_run(learner, resume, overwrite))
-        first_obs = learner.obs_normalizer.normalize(raw_obs).to(learner.device)
-        rollout = Rollout(config, learner.env, seeds, first_obs)
+            log = stack.enter_context(open_run(learner, overwrite))
         # as if the run had been in one piece
         started = time.perf_counter() - counters.wall_s
 
-        while not any_process(learner.is_done() or stop.received is not None):
+        while not any_process(learner.is_done()):
             # set the random numbers, the learning rate and the settings that move
             began = time.perf_counter()
             seed_generators(env_seeds(config.seed, LEARN, 1, rank, counters.step)[0])
@@ -1824,29 +1614,28 @@ def train(config: Config, resume=None, overwrite=False, stop=None) -> Counters:
             now = config.at(counters.step, counters.training_return)
 
             # collect a rollout
-            with worker_failure():
-                episodes = collect_rollout(envs, agent, learner.obs_normalizer, rollout)
+            episodes, raw_obs = collect_rollout(envs, agent, learner.obs_normalizer, rollout)
             collected = time.perf_counter()
 
             # compute advantages of the normalized rewards; update
             learner.is_whole = False
+            if learner.obs_normalizer.enabled:
+                learner.obs_normalizer.update(raw_obs)
             batch = make_batch(rollout, agent, learner.reward_normalizer, now)
             losses = update(agent, learner.optimizer, batch, now)
-            check_losses(losses, counters.step)
+            for name, value in losses.items():
+                if not math.isfinite(value):
+                    raise TrainingError(f"{name} is {value}: lower --learning-rate")
             counters.training_return = average_return(counters.training_return, episodes)
             counters.step += config.steps_per_iteration
             counters.iteration += 1
-            learner.is_whole = True
             updated = time.perf_counter()
             if rank > 0:
                 # rank 0 evaluates, logs and saves
                 continue
 
             # evaluate, if due
-            evaluation, is_best = {}, False
-            # a signal cancels an evaluation
-            with contextlib.suppress(CancelledError):
-                evaluation, is_best = evaluate_if_due(learner, log, started, evaluate)
+            evaluation, is_best = evaluate_if_due(learner, log, started)
             ended = time.perf_counter()
             counters.wall_s = ended - started
 
@@ -1858,13 +1647,14 @@ def train(config: Config, resume=None, overwrite=False, stop=None) -> Counters:
             log.row({**row, **episode_columns(episodes)})
 
             # save
-            save_if_due(learner, is_best, ended - began)
+            learner.is_whole = True
+            save_if_due(learner, is_best)
             if is_due(config.record_every, counters.step, config):
-                film_policy(learner, log, out / f"videos/step_{counters.step}.mp4", stop)
+                film_policy(learner, log, Path(config.out, f"videos/step_{counters.step}.mp4"))
 
         if rank == 0:
             learner.save(LAST)
-            export(learner, log, stop)
+            export(learner, log)
         # barrier: torchrun ends all processes when one ends, so wait for the film
         any_process(False)
     return counters

@@ -1,8 +1,8 @@
 """What every test has: one torch thread, and a way to leave out the film and the curves."""
 
 import contextlib
-import gc
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,15 @@ import torch
 import walker_core as core
 
 torch.set_num_threads(1)  # with networks this small, two only fight for the cores
-gc.freeze()  # what is imported is no garbage, and is not looked through after each episode
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """`walker.main` sets handlers for the rest of its process."""
+    handlers = {number: signal.getsignal(number) for number in core.END_SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -88,9 +88,11 @@ def arm(fault: Fault) -> None:
         if opened or (event == "subprocess.Popen" and is_it(args[1][-1], temporary)):
             die()
 
-    def play(*args: Any, play: Callable = core.play, **how: Any) -> Iterator[Any]:
-        is_film = how.get("render") is not None  # and no evaluation
-        yield from itertools.islice(play(*args, **how), 5 if is_film else None)
+    core_play = core.play
+
+    def play(act: Callable, config: core.Config, seeds: Any, render: Any = None) -> Iterator[Any]:
+        is_film = render is not None  # and no evaluation
+        yield from itertools.islice(core_play(act, config, seeds, render), 5 if is_film else None)
         if not is_film:
             return
         die()  # the encoder lives on for a moment
@@ -158,7 +160,7 @@ def be_trained(argv: list[str], fault: list | None, scores: list[float] | None, 
     core.save_if_due = save_every_third
     if scores is not None:
         left = iter(scores)
-        core.evaluate_policy = lambda act, config, seeds, **_: (
+        core.evaluate_policy = lambda act, config, seeds, _: (
             np.full(len(seeds), next(left)),
             seeds,
         )

@@ -6,6 +6,7 @@ import csv
 import itertools
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -45,17 +46,17 @@ def tiny(out: Path | str = ".", **changes: Any) -> core.Config:
     return core.Config(**{**TINY, "out": str(out), **changes})
 
 
-def in_this_process(task: Callable, seeds: Sequence[int]) -> list:
-    """Like `core.map_in_workers`, without workers."""
-    results = []
-    for seed in seeds:
-        # a worker has generators of its own
-        generators = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng():
-            results.append(task(seed))
-        random.setstate(generators[0])
-        np.random.set_state(generators[1])
-    return results
+def evaluate_here(act: Callable, config: core.Config, seeds: Sequence[int]) -> tuple:
+    """What `core.evaluate_policy` returns, without worker processes."""
+    saved_act = core.to_bytes(act)
+    # a worker has generators of its own
+    generators = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        episodes = [core.play_one(saved_act, config, seed) for seed in seeds]
+    random.setstate(generators[0])
+    np.random.set_state(generators[1])
+    returns, lengths = np.transpose(episodes)
+    return returns, lengths
 
 
 def train_without_pictures(config: core.Config) -> None:
@@ -66,22 +67,24 @@ def train_without_pictures(config: core.Config) -> None:
         core.train(config)
 
 
-def train(config: core.Config, resume=None) -> tuple[core.Counters, int | None]:
-    """`core.train` as `walker.py` calls it; also the number of the signal that stopped it."""
-    with core.StopSignals() as stop:
-        return core.train(config, resume, stop=stop), stop.received
-
-
-def before_update(monkeypatch, iteration: int, do: Callable[[], None]) -> None:
-    """Have `do` called in the iteration of that number, before its update."""
-    update, numbers = core.update, itertools.count(1)
+def before(monkeypatch, name: str, iteration: int, do: Callable[[], None]) -> None:
+    """Have `do` called in the iteration of that number, before `core.NAME` is."""
+    function, numbers = getattr(core, name), itertools.count(1)
 
     def wrapped(*args):
         if next(numbers) == iteration:
             do()
-        return update(*args)
+        return function(*args)
 
-    monkeypatch.setattr(core, "update", wrapped)
+    monkeypatch.setattr(core, name, wrapped)
+
+
+def train_and_interrupt(config: core.Config, k: int, resume=None) -> None:
+    """`core.train`, with a Ctrl-C as it collects the rollout after the kth iteration."""
+    with pytest.MonkeyPatch.context() as patch:
+        before(patch, "collect_rollout", k + 1, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            core.train(config, resume)
 
 
 def flags(out: Path | str = ".", **changes: Any) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import toy_envs
 from gymnasium.spaces import Box, Discrete
-from helpers import flags, in_this_process, rows
+from helpers import evaluate_here, flags, rows
 from torch import nn
 
 import walker
@@ -148,20 +148,12 @@ def test_an_environment_gets_numbers_of_its_own_from_its_start_on():
 
 # ---- training ------------------------------------------------------------------------------------
 
-SLOW = pytest.mark.slow
-
 
 @pytest.mark.parametrize(
-    ("env", "backend"),
-    [
-        ("Toy/Match-v0", "sync"),
-        pytest.param("Toy/Match-v0", "async", marks=SLOW),
-        pytest.param("Toy/Screen-v0", "sync", marks=SLOW),
-        pytest.param("Toy/Screen-v0", "async", marks=SLOW),
-    ],
+    "env", ["Toy/Match-v0", pytest.param("Toy/Screen-v0", marks=pytest.mark.slow)]
 )
-def test_a_run_trains_saves_evaluates_and_resumes(env, backend, tmp_path, capsys):
-    settings = {"env": env, "vector_env": backend, "eval_every": BATCH, **SMALL}
+def test_a_run_trains_saves_evaluates_and_resumes(env, tmp_path, capsys):
+    settings = {"env": env, "eval_every": BATCH, **SMALL}
     assert walker.main(flags(tmp_path, **settings, total_timesteps=2 * BATCH)) == 0
     typed = ["--total-timesteps", str(3 * BATCH)]
     assert walker.main(["--resume", "--out", str(tmp_path), *typed]) == 0
@@ -202,5 +194,5 @@ def test_what_is_shown_is_learned(env, tmp_path):
     core.train(core.Config(out=str(tmp_path), **settings))
     learner = core.load_learner(tmp_path / core.LAST, device="cpu")
     seeds = core.env_seeds(1, core.TEST, 10)
-    returns, _ = core.evaluate_policy(learner.act, learner.config, seeds, in_this_process)
+    returns, _ = evaluate_here(learner.act, learner.config, seeds)
     assert returns.mean() > 11  # of 12; 4 by chance

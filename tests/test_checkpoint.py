@@ -59,8 +59,7 @@ def test_a_checkpoint_holds_all_that_training_changed(state, tmp_path):
     start = core.load_checkpoint(tmp_path / "start.pt")
     for part in LEARNED:
         assert not same(state[part], start[part]), part
-    assert set(start) == {*LEARNED, "format", "version", "about", "config", "counters"}
-    assert state["version"] == core.__version__
+    assert set(start) == {*LEARNED, "format", "about", "config", "counters"}
     counters = state["counters"]
     assert (counters["step"], counters["iteration"]) == (128, 4)
     assert counters["wall_s"] > 0
@@ -118,7 +117,7 @@ def test_a_file_takes_its_place_only_when_it_is_whole_and_on_the_disk(tmp_path, 
 def test_what_a_killed_run_was_writing_does_no_harm(tmp_path):
     core.train(tiny(tmp_path, total_timesteps=64))
     folder = (tmp_path / core.LAST).parent
-    for name in (".last.7.tmp.pt", ".config.7.tmp.json", ".metrics.7.tmp.csv"):
+    for name in (".last.tmp.pt", ".config.tmp.json", ".metrics.tmp.csv"):
         (folder / name).write_bytes(b"half")
     core.train(tiny(tmp_path), tmp_path / core.LAST)
     assert core.load_checkpoint(tmp_path / core.LAST)["counters"]["iteration"] == 4
@@ -164,11 +163,11 @@ def test_loading_runs_no_code_that_a_file_brings(write_as, state, tmp_path):
     assert evidence.exists()  # it would have run
 
 
-def test_another_format_is_refused_with_its_version_and_both_numbers(state, tmp_path):
-    path = write({**state, "format": 99, "version": "7.8.9"}, tmp_path / "other.pt")
+def test_another_format_is_refused_with_both_numbers(state, tmp_path):
+    path = write({**state, "format": 99}, tmp_path / "other.pt")
     with pytest.raises(core.UserError) as caught:
         core.load_checkpoint(path)
-    for part in (str(path), "7.8.9", "99", str(core.CHECKPOINT_FORMAT)):
+    for part in (str(path), "99", str(core.CHECKPOINT_FORMAT)):
         assert part in str(caught.value)
 
 
@@ -213,7 +212,8 @@ def test_a_module_named_in_a_checkpoint_is_not_imported_unless_typed(command, mi
     path, evidence = mine
     assert walker.main([command, str(path)]) == 2
     error = capsys.readouterr().err
-    assert "--env mine_envs:Mine-v0" in error
+    assert "mine_envs:Mine-v0" in error
+    assert "--env" in error
     assert error.count("\n") == 1
     assert not evidence.exists()
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import toy_envs  # noqa: F401
-from helpers import BATCH, flags, in_this_process, rows, tiny, train_without_pictures, tree, warned
+from helpers import BATCH, evaluate_here, flags, rows, tiny, train_without_pictures, tree, warned
 
 import walker
 import walker_core as core
@@ -26,8 +26,8 @@ from walker_core import Config
 
 FIELDS = {name: field.annotation for name, field in Config.__pydantic_fields__.items()}
 RESUMABLE = {  # what --resume may change: nothing that the learner sees
-    "total_timesteps", "device", "vector_env", "step_timeout", "out", "eval_every",
-    "eval_episodes", "checkpoint_every", "record_every", "tensorboard", "stop_when_solved",
+    "total_timesteps", "device", "vector_env", "out", "eval_every", "eval_episodes",
+    "checkpoint_every", "record_every", "tensorboard", "stop_when_solved",
 }  # fmt: skip
 LAST = f"run/{core.LAST}"
 RESULT = re.compile(
@@ -102,13 +102,13 @@ def test_a_typed_flag_changes_its_field_and_no_other(name):
     assert (resume, overwrite) == (None, False)
 
 
-def test_numbers_may_be_negative_scientific_or_joined_and_the_last_flag_counts():
+def test_numbers_may_be_negative_or_scientific_and_the_last_flag_counts():
     def typed(words):
         return walker.parse_training(words.split())[0]
 
-    assert typed("--clip-reward -1e3 1e3").clip_reward == (-1e3, 1e3)
+    assert typed("--clip-reward -1000 1e3").clip_reward == (-1e3, 1e3)
     assert typed("--clip-reward -.5 2").clip_reward == (-0.5, 2)
-    assert typed("--failure-reward -1e9 --gamma=0.5 --gamma 5e-1").failure_reward == -1e9
+    assert typed("--failure-reward=-1e9 --gamma=0.5 --gamma 5e-1").failure_reward == -1e9
     assert typed("--gamma=0.5 --gamma 6e-1").gamma == 0.6
     moving = typed("--entropy-coef 6e-3 0 -150 280 --failure-cost 1 5 --desired-kl .02")
     assert moving.entropy_coef == (0.006, 0, -150, 280)
@@ -141,7 +141,6 @@ def test_each_source_of_settings_beats_the_ones_below_it(tmp_path, monkeypatch):
     typed = total_and_rate(*file(env="Pendulum-v1", learning_rate=0.2), "--env", env)
     assert typed == (preset[0], 0.2)
 
-    Path("checkpoints_walker").mkdir()
     learner = core.Learner(tiny())
     learner.config = tiny(env=env, env_kwargs=(), total_timesteps=64, learning_rate=0.3)
     learner.save(core.LAST)
@@ -157,7 +156,7 @@ def test_a_resume_goes_on_in_the_folder_of_its_checkpoint(folder):
     config, resume, _ = walker.parse_training(["--out", "run", "--resume"])
     assert resume == folder / LAST
     assert config == tiny("run", eval_every=2 * BATCH)
-    for place in ("run", "run/checkpoints_walker", LAST, f"run/{core.BEST}"):
+    for place in ("run", LAST, f"run/{core.BEST}"):
         config, resume, _ = walker.parse_training(["--resume", place])
         assert config.out == str(folder / "run")
         assert resume.name == ("best.pt" if "best" in place else "last.pt")
@@ -178,10 +177,10 @@ def test_a_resume_may_change_only_what_the_learner_does_not_see(name, folder, mo
 
 
 def test_a_resume_uses_what_was_typed_and_keeps_it(folder):
-    typed = ["--total-timesteps", str(6 * BATCH), "--vector-env", "async", "--eval-every", "0"]
+    typed = ["--total-timesteps", str(6 * BATCH), "--eval-episodes", "3", "--eval-every", "0"]
     assert walker.main(["--out", "run", "--resume", "--gamma", "0.99", *typed]) == 0
     settings = json.loads((folder / "run" / core.CONFIG_JSON).read_text())
-    assert (settings["total_timesteps"], settings["vector_env"]) == (6 * BATCH, "async")
+    assert (settings["total_timesteps"], settings["eval_episodes"]) == (6 * BATCH, 3)
     assert [int(row["step"]) for row in rows(folder / "run")] == [BATCH * i for i in range(1, 7)]
     assert [bool(row["eval_episodes"]) for row in rows(folder / "run")] == 2 * [False, True] + 2 * [
         False
@@ -199,7 +198,7 @@ WRONG = [  # a command, and what its message names; TRAINING is cheap, if it is 
     (f"{TRAINING} --gamma 0.9 0.8", "0.8"),
     (f"{TRAINING} --no-norm-obs=1", "--no-norm-obs", "'1'"),
     ("evalute x.pt", "evalute"),
-    (f"{TRAINING} --num-envs many", "--num-envs", "'many'", "integer"),
+    (f"{TRAINING} --num-envs many", "--num-envs", "'many'", "'many'"),
     (f"{TRAINING} --gamma 1.1", "--gamma", "'1.1'", "1"),
     (f"{TRAINING} --minibatch-size 33", "--minibatch-size", "33", "= 32"),
     (f"{TRAINING} --entropy-coef 0.006 0 5", "--entropy-coef", "'5'", "START END FROM TO"),
@@ -214,13 +213,13 @@ WRONG = [  # a command, and what its message names; TRAINING is cheap, if it is 
     (f"{TRAINING} --config broken.json", "broken.json"),
     (f"{TRAINING} --config array.json", "array.json"),
     (f"{TRAINING} --config typo.json", "typo.json", "--gama"),
-    (f"{TRAINING} --out afile/below", "--out", "afile/below"),
+    (f"{TRAINING} --out afile/below", "--out"),
     (f"{TRAINING} --out run", "run/checkpoints_walker", "--resume", "--out", "--overwrite"),
     (f"{TRAINING} --out run --resume --overwrite", "--resume", "--overwrite"),
     ("--resume nosuch.pt", "nosuch.pt"),
     ("--resume half.pt", "half.pt", "no checkpoint"),
     (f"--resume {LAST} --gamma 0.5", "--gamma is 0.5", LAST, "0.99"),
-    (f"--resume {LAST} --out copy", "copy/checkpoints_walker", "--out"),
+    (f"--resume {LAST} --out other", "other/checkpoints_walker", "--out"),
     (f"{TRAINING} --out run --overwrite --init-from foreign.pt", "foreign.pt"),
     (f"{TRAINING} --out run --overwrite --init-from {LAST} --actor-hidden 5", LAST, "not fit"),
     ("evaluate", "FILE"),
@@ -229,14 +228,15 @@ WRONG = [  # a command, and what its message names; TRAINING is cheap, if it is 
     (f"evaluate {LAST} --episodes 0", "--episodes", "'0'", "1"),
     (f"evaluate {LAST} --seconds nan", "--seconds", "'nan'", "finite"),
     (f"evaluate {LAST} --env MountainCarContinuous-v0", LAST, "not fit"),
-    (f"evaluate {LAST} --record --out afile", "--out", "afile"),
 ]
 
 
 @pytest.mark.parametrize("case", WRONG, ids=lambda case: case[0].removeprefix(TRAINING))
 def test_a_wrong_command_is_one_line_and_code_2_and_touches_nothing(case, folder, capsys, recwarn):
     command, *parts = case
-    shutil.copytree("run", "copy")
+    shutil.copytree("run", "other")
+    about = Path("other", core.CONFIG_JSON)
+    about.write_text(about.read_text().replace('"run": "', '"run": "another'))
     before = tree(folder)
     assert walker.main(command.split()) == 2
     printed = capsys.readouterr()
@@ -292,7 +292,7 @@ def test_evaluate_prints_the_numbers_of_its_episodes_and_writes_nothing(folder, 
 
     learner = core.load_learner(LAST, device="cpu")
     seeds = core.env_seeds(3, core.TEST, 5)
-    returns, lengths = core.evaluate_policy(learner.act, learner.config, seeds, in_this_process)
+    returns, lengths = evaluate_here(learner.act, learner.config, seeds)
     expected = [returns.mean(), returns.std(), 5, returns.min(), returns.max(), lengths.mean()]
     found = json.loads(evaluate(capsys, *five, "--json")[-1])
     assert list(found) == ["mean", "std", "episodes", "min", "max", "length"]
@@ -325,7 +325,7 @@ def test_evaluate_films_an_episode_and_writes_its_data(folder, capsys):
 
     learner = core.load_learner(LAST, device="cpu")
     seeds = core.env_seeds(0, core.TEST, 1)
-    returns, _ = core.evaluate_policy(learner.act, learner.config, seeds, in_this_process)
+    returns, _ = evaluate_here(learner.act, learner.config, seeds)
     with np.load("films/videos/last.npz") as data:
         obs = data["observations"]
         assert obs.shape == (10, 3)
@@ -334,24 +334,37 @@ def test_evaluate_films_an_episode_and_writes_its_data(folder, capsys):
         np.testing.assert_allclose(data["next_values"][:-1], data["values"][1:], atol=1e-5)
         np.testing.assert_allclose(data["rewards"].sum(), returns[0])
         scale = math.sqrt(learner.reward_normalizer.var + 1e-8)
-        assert data["reward_scale"] == pytest.approx(scale) != 1
+        assert scale != pytest.approx(1)
+        np.testing.assert_allclose(data["learned_rewards"], data["rewards"] / scale, rtol=1e-5)
         assert (data["dt"], data["gamma"]) == (1 / 30, 0.99)
-        assert data["reward_clip"].tolist() == [-10, 10]
         assert "hull" not in data  # which is a BipedalWalker's
 
 
 def test_the_data_of_episodes_tells_what_would_be_learned_from_them_at_this_point(tmp_path):
     moving = {"action_cost": (0.0, 1.0), "failure_cost": (1.0, 9.0, -100.0, 100.0)}
+    moving["clip_reward"] = (-10.0, 1.25)
     learner = core.Learner(tiny(env="Toy/Falls-v0", env_kwargs=(), total_timesteps=1000, **moving))
     learner.counters.step, learner.counters.training_return = 500, 0.0
+    learner.reward_normalizer.var.fill_(4)
     steps = [step for _, step in core.play(learner.act, learner.config, [1, 2])]
     core.write_episode_data(learner, steps, tmp_path / "a.npz")
     with np.load(tmp_path / "a.npz") as data:
         paid = data["rewards"] * np.where(data["terminated"], 3, 1)
-        expected = paid - 0.5 * np.abs(data["actions"][:, 0])
+        expected = np.minimum((paid - 0.5 * np.abs(data["actions"][:, 0])) / 2, 1.25)
         np.testing.assert_allclose(data["learned_rewards"], expected, rtol=1e-6)
+        assert expected.min() < 0.6 < expected.max() == 1.25
         assert np.array_equal(data["failed"], data["terminated"])
         assert data["failed"].sum() == 2
+
+
+def test_a_film_that_cannot_be_written_is_one_line_that_names_it(folder, capsys):
+    before = tree(folder)
+    assert walker.main(["evaluate", LAST, "--episodes", "1", "--record", "--out", "afile"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert "afile/videos/last.mp4" in printed.err
+    assert tree(folder) == before
 
 
 @pytest.mark.slow

@@ -172,11 +172,10 @@ def test_it_is_filmed_without_opengl_and_watched_in_a_window(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vector", ["sync", "async"])
 def test_it_trains_and_is_evaluated_by_the_ordinary_commands(
-    passive, no_pictures, vector, tmp_path, capsys
+    passive, no_pictures, tmp_path, capsys
 ):
-    changes = {"env": PASSIVE, "env_kwargs": ("hz=60", "slope=2.5"), "vector_env": vector}
+    changes = {"env": PASSIVE, "env_kwargs": ("hz=60", "slope=2.5")}
     assert walker.main(flags(tmp_path, **changes, total_timesteps=2 * BATCH)) == 0
     assert len(rows(tmp_path)) == 2
     test = ["evaluate", str(tmp_path / core.LAST), "--env", PASSIVE, "--episodes", "2"]
@@ -256,7 +255,7 @@ def test_an_export_that_cannot_be_is_one_line(monkeypatch, tmp_path, capsys):
     for checkpoint in (tmp_path / "none.pt", ROOT / "README.md"):
         assert export_onnx.main([str(checkpoint), onnx]) == 2
         assert capsys.readouterr().err.count("\n") == 1
-    monkeypatch.setattr(core.Policy, "act", lambda self, obs: np.ones((len(obs), 4)))
+    monkeypatch.setattr(core, "act", lambda *args: np.ones((len(args[-1]), 4)))
     assert export_onnx.main([PRETRAINED, onnx]) == 2
     assert "Learner.act" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from typing import Any
 import field_envs
 import numpy as np
 import pytest
-from helpers import BATCH, flags, in_this_process, rows, tiny, train_without_pictures, without_clock
+from helpers import BATCH, evaluate_here, flags, rows, tiny, train_without_pictures, without_clock
 
 import viz
 import walker
@@ -23,7 +23,6 @@ import walker_core as core
 
 slow = pytest.mark.slow
 no_pictures = pytest.mark.usefixtures("no_pictures")
-BACKENDS = pytest.mark.parametrize("backend", ["sync", pytest.param("async", marks=slow)])
 
 SEEDS = core.env_seeds(1, core.TRAIN, 2)  # of the two environments of the runs below
 POINT = "Field/Point-v0"
@@ -54,13 +53,18 @@ def steps_of(out: Path) -> list[int]:
 def returns_of(out: Path, seeds: list[int]) -> list[float]:
     """Of the last policy of a run, in this process."""
     learner = core.load_learner(out / core.LAST, device="cpu")
-    return core.evaluate_policy(learner.act, learner.config, seeds, in_this_process)[0].tolist()
+    return evaluate_here(learner.act, learner.config, seeds)[0].tolist()
 
 
 @pytest.fixture
 def quick_curves(monkeypatch):
     """Curves take half a second: here only an empty file."""
-    monkeypatch.setattr(viz, "plot_training_curves", lambda metrics, png, *_: png.touch())
+
+    def plot(_, png):
+        png.parent.mkdir()
+        png.touch()
+
+    monkeypatch.setattr(viz, "plot_training_curves", plot)
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +93,6 @@ def test_spaces_of_any_kind_train_evaluate_and_resume(env, tmp_path, capsys):
     assert steps_of(tmp_path) == [BATCH, 2 * BATCH, 3 * BATCH, 4 * BATCH, 5 * BATCH]
     assert evaluate(tmp_path, "--episodes", "2") == 0
     assert "over 2 episodes" in capsys.readouterr().out.splitlines()[-1]
-
-
-@no_pictures
-@slow
-@pytest.mark.parametrize("env", ["DictObs", "TableObs", "MultiBinaryAction", "TableAction"])
-def test_spaces_of_any_kind_train_in_processes_of_their_own(env, tmp_path):
-    settings = {"vector_env": "async", "eval_every": 2 * BATCH}
-    assert walker.main(typed(tmp_path, env, **settings)) == 0
-    assert len(rows(tmp_path)) == 4
 
 
 @no_pictures
@@ -164,7 +159,7 @@ def learn(
     train_without_pictures(core.Config(env=f"Field/{env}-v0", out=str(out), **settings))
     learner = core.load_learner(out / core.LAST, device="cpu")
     seeds = core.env_seeds(1, core.TEST, 20)
-    return core.evaluate_policy(learner.act, learner.config, seeds, in_this_process)
+    return evaluate_here(learner.act, learner.config, seeds)
 
 
 @slow
@@ -229,12 +224,11 @@ def test_pictures_train_evaluate_and_resume(shape, tmp_path, capsys):
 
 
 @no_pictures
-@BACKENDS
 @pytest.mark.parametrize(
     "env", ["Reward1", "InfoWord", "InfoRagged", "InfoNone", "Close", "OneArray", "InPlace"]
 )
-def test_oddities_that_change_nothing_have_no_effect(env, backend, point, tmp_path, capsys):
-    assert walker.main(typed(tmp_path, env, vector_env=backend)) == 0
+def test_oddities_that_change_nothing_have_no_effect(env, point, tmp_path, capsys):
+    assert walker.main(typed(tmp_path, env)) == 0
     assert without_clock(rows(tmp_path)) == without_clock(rows(point))
     seeds = core.env_seeds(1, core.TEST, 3)
     assert returns_of(tmp_path, seeds) == returns_of(point, seeds)
@@ -264,8 +258,7 @@ def test_what_is_recorded_of_a_step_stays_as_it_was():
 
 
 @no_pictures
-@BACKENDS
-def test_a_reset_gets_no_options(backend, tmp_path, monkeypatch):
+def test_a_reset_gets_no_options(tmp_path, monkeypatch):
     """Not even that which restarts an environment at a random length, once."""
     lengths, reset = [], field_envs.Options.reset
 
@@ -274,11 +267,10 @@ def test_a_reset_gets_no_options(backend, tmp_path, monkeypatch):
         return reset(env, **kwargs)
 
     monkeypatch.setattr(field_envs.Options, "reset", noted)
-    assert walker.main(typed(tmp_path, "Options", vector_env=backend)) == 0
+    assert walker.main(typed(tmp_path, "Options")) == 0
     assert len(rows(tmp_path)) == 4
-    if backend == "sync":
-        assert lengths[:2] == [None, None]
-        assert any(length < 40 for length in lengths[2:])  # the limit is 40
+    assert lengths[:2] == [None, None]
+    assert any(length < 40 for length in lengths[2:])  # the limit is 40
 
 
 WRONG = ["Reward2", "FourValues", "ShapeRow", "ShapeLonger"]
@@ -294,17 +286,10 @@ def check_failure(out: Path, error: str) -> None:
 
 
 @no_pictures
-@BACKENDS
 @pytest.mark.parametrize("env", [*WRONG, "ExitStep", "ExitReset"])
-def test_what_goes_wrong_in_an_environment_is_one_line_that_names_it(env, backend, tmp_path, capfd):
-    assert walker.main(typed(tmp_path, env, *AT_20, vector_env=backend)) == 1
-    if backend == "sync":
-        error = one_line(capfd)
-    else:  # Gymnasium's own log is before it
-        error = capfd.readouterr().err
-        assert error.count("walker.py: ") == 1
-        error = error.splitlines()[-1]
-    check_failure(tmp_path, error)
+def test_what_goes_wrong_in_an_environment_is_one_line_that_names_it(env, tmp_path, capfd):
+    assert walker.main(typed(tmp_path, env, *AT_20)) == 1
+    check_failure(tmp_path, one_line(capfd))
 
 
 def test_the_curves_are_drawn_when_an_environment_fails(tmp_path, capfd):
@@ -361,12 +346,9 @@ def in_scratch(tmp_path: Path, monkeypatch) -> str:
 
 
 @no_pictures
-@BACKENDS
-def test_an_environment_that_changes_the_folder_leaves_files_in_theirs(
-    backend, tmp_path, monkeypatch
-):
+def test_an_environment_that_changes_the_folder_leaves_files_in_theirs(tmp_path, monkeypatch):
     folder = in_scratch(tmp_path, monkeypatch)
-    settings = {"vector_env": backend, "eval_every": 2 * BATCH, "checkpoint_every": BATCH}
+    settings = {"eval_every": 2 * BATCH, "checkpoint_every": BATCH}
     assert walker.main(typed("run", "Chdir", folder, **settings)) == 0
     run = tmp_path / "run"
     names = {path.name for path in (run / "checkpoints_walker").iterdir()}
@@ -445,7 +427,7 @@ DRAWN = pytest.mark.parametrize("env", ["Legacy", "Dice", "Samples", "SamplesAct
 
 
 def starts_of(env: str, tmp_path: Path, name: str, **settings: Any) -> list[str]:
-    """Where the episodes of four environments began, those of one process in their order."""
+    """Where the episodes of four environments began, in their order."""
     folder = tmp_path / name
     folder.mkdir()
     settings |= {"num_envs": 4, "total_timesteps": 2 * BATCH, "rollout_steps": BATCH // 4}
@@ -458,14 +440,11 @@ def starts_of(env: str, tmp_path: Path, name: str, **settings: Any) -> list[str]
 
 @no_pictures
 @DRAWN
-@BACKENDS
-def test_each_environment_begins_elsewhere_and_again_so_in_the_next_run(env, backend, tmp_path):
-    one, two = (starts_of(env, tmp_path, name, vector_env=backend) for name in ("one", "two"))
+def test_each_environment_begins_elsewhere_and_again_so_in_the_next_run(env, tmp_path):
+    one, two = (starts_of(env, tmp_path, name) for name in ("one", "two"))
     assert len(one) >= 4
     assert len(set(one)) == len(one)
-    assert sorted(one) == sorted(two)
-    if backend == "sync":
-        assert one == two
+    assert one == two
 
 
 @DRAWN
@@ -482,8 +461,8 @@ def test_an_evaluation_with_the_same_seed_is_the_same(env, point, capsys):
 @DRAWN
 def test_an_episode_does_not_depend_on_those_before_it(env):
     config, seeds = core.Config(env=f"Field/{env}-v0"), core.env_seeds(0, core.TEST, 3)
-    returns, _ = core.evaluate_policy(half, config, seeds, in_this_process)
-    alone = [core.evaluate_policy(half, config, [seed], in_this_process)[0][0] for seed in seeds]
+    returns, _ = evaluate_here(half, config, seeds)
+    alone = [evaluate_here(half, config, [seed])[0][0] for seed in seeds]
     assert returns.tolist() == alone
     assert len(set(alone)) == 3
 
@@ -499,23 +478,12 @@ def test_the_mean_of_an_evaluation_is_that_of_its_episodes(env, point, capsys):
         found[episodes] = json.loads(capsys.readouterr().out)
     seeds = core.env_seeds(0, core.TEST, 8)
     learner = core.load_learner(point / core.LAST, f"Field/{env}-v0", "cpu")
-    returns, _ = core.evaluate_policy(learner.act, learner.config, seeds, in_this_process)
+    returns, _ = evaluate_here(learner.act, learner.config, seeds)
     for episodes, result in found.items():
         assert result["mean"] == pytest.approx(returns[:episodes].mean(), rel=1e-12)
 
 
 # ---- processes -----------------------------------------------------------------------------------
-
-
-@slow
-@no_pictures
-def test_an_environment_that_a_worker_cannot_make_is_a_line_of_its_own(tmp_path, capfd):
-    assert walker.main(typed(tmp_path, "NoLicence", vector_env="async", num_envs=2)) == 1
-    *reasons, last = capfd.readouterr().err.splitlines()
-    assert 1 <= len(reasons) <= 2  # of two workers, as far as they had come
-    assert all("cannot be made" in reason and "no licence" in reason for reason in reasons)
-    assert last.startswith("walker.py: a worker process died")
-    assert multiprocessing.active_children() == []
 
 
 @no_pictures
@@ -526,10 +494,8 @@ def test_an_environment_that_cannot_be_made_for_an_evaluation_is_one_line(point,
 
 @slow
 @no_pictures
-@pytest.mark.parametrize("backend", ["sync", "async"])
-def test_an_environment_may_have_processes_of_its_own(backend, tmp_path, capfd):
-    settings = {"vector_env": backend, "eval_every": 2 * BATCH}
-    assert walker.main(typed(tmp_path, "Children", **settings)) == 0
+def test_an_environment_may_have_processes_of_its_own(tmp_path, capfd):
+    assert walker.main(typed(tmp_path, "Children", eval_every=2 * BATCH)) == 0
     assert len(rows(tmp_path)) == 4
     assert "Traceback" not in capfd.readouterr().err
     assert multiprocessing.active_children() == []

@@ -224,8 +224,7 @@ def test_an_episode_may_be_short(tmp_path, steps):
 
 # Two episodes of two steps; the first failed, the second was cut where the value is 6.
 VALUES = {
-    "gamma": 0.5, "reward_scale": 2.0, "reward_clip": (-10.0, 10.0),
-    "episode": [0, 0, 1, 1], "learned_rewards": [2.0, 4.0, 2.0, -100.0],
+    "gamma": 0.5, "episode": [0, 0, 1, 1], "learned_rewards": [1.0, 2.0, 1.0, -10.0],
     "failed": [False, True, False, False], "next_values": [9.0, 9.0, 9.0, 6.0],
     "values": [3.0, 2.0, -2.5, -6.0],
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """Data-parallel training: what two processes compute is what one would, on all of their rows.
 
-As a script, started by torchrun: a training whose process of rank 1 is killed the first time.
+As a script, started by torchrun: `walker.py`, whose process of rank 1 is killed the first time.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import BATCH, TESTS, column, flags, tiny
-from helpers import train as train_until_signal
 from torch import distributed as dist
 
 import walker
@@ -37,7 +36,7 @@ EPISODES = (  # return and length of those that end in each of four iterations o
     [[], [(1.0, 9), (2.0, 4)], [(5.0, 1)], []],
     [[], [(6.0, 7)], [], [(-3.0, 2)]],
 )
-STOP_AT = 2  # the iteration in which rank 1 alone gets a SIGTERM
+ITERATIONS = 2
 
 
 def test_a_process_alone_is_rank_0_of_1_and_its_sums_are_its_own():
@@ -114,38 +113,37 @@ def average(rank: int) -> list[float]:
 
 
 def train(rank: int, out: Path) -> dict[str, Any]:
-    """A training in which rank 1 gets a SIGTERM: what each iteration drew and learned."""
-    make, collect, update = core.make_vector_env, core.collect_rollout, core.update
+    """A training of two iterations: what each drew and learned."""
+    make, update = core.make_vector_env, core.update
     seen: dict[str, Any] = {"actions": [], "statistics": [], "weights": []}
 
     def make_vector_env(config, env, seeds):
         seen["seeds"] = list(seeds)
         return make(config, env, seeds)
 
-    def collect_rollout(envs, agent, normalizer, rollout):
-        episodes = collect(envs, agent, normalizer, rollout)
-        seen["actions"].append(rollout.actions.clone())
-        seen["statistics"].append(copy.deepcopy(normalizer.state_dict()))
-        return episodes
-
-    def do_update(agent, *args):
-        if rank == 1 and len(seen["weights"]) == STOP_AT - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        metrics = update(agent, *args)
+    def do_update(agent, optimizer, batch, config):
+        seen["actions"].append(batch.actions.clone())
+        metrics = update(agent, optimizer, batch, config)
         seen["weights"].append(copy.deepcopy(agent.state_dict()))
         return metrics
+
+    def merge_statistics(statistics, batch):
+        merged(statistics, batch)
+        if isinstance(statistics, core.ObservationNormalizer):
+            seen["statistics"].append(copy.deepcopy(statistics.state_dict()))
 
     def export(*args, **kwargs):
         time.sleep(0.5)
         (out / "filmed").touch()
 
+    merged = core.RunningMeanStd.update
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(core, "make_vector_env", make_vector_env)
-        patch.setattr(core, "collect_rollout", collect_rollout)
         patch.setattr(core, "update", do_update)
+        patch.setattr(core.RunningMeanStd, "update", merge_statistics)
         patch.setattr(core, "export", export)
-        counters, stopped_by = train_until_signal(tiny(out, total_timesteps=8 * BATCH * RANKS))
-    seen.update(step=counters.step, stopped_by=stopped_by, filmed=(out / "filmed").exists())
+        counters = core.train(tiny(out, total_timesteps=ITERATIONS * BATCH * RANKS))
+    seen.update(step=counters.step, filmed=(out / "filmed").exists())
     return seen
 
 
@@ -240,7 +238,7 @@ def test_processes_draw_apart_and_stay_equal_in_weights_and_statistics(ranks):
     noise = [found["train"]["actions"][0].flatten() for found in ranks]  # the means are near zero
     assert abs(np.corrcoef(*noise)[0, 1]) < 0.9
     for name in ("weights", "statistics"):
-        assert len(first[name]) == STOP_AT
+        assert len(first[name]) == ITERATIONS
         for mine, others in zip(first[name], second[name], strict=True):
             assert all(torch.equal(mine[key], others[key]) for key in mine)
     assert not torch.equal(first["weights"][0]["raw_std"], first["weights"][1]["raw_std"])
@@ -248,10 +246,9 @@ def test_processes_draw_apart_and_stay_equal_in_weights_and_statistics(ranks):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_ends_all_after_the_same_iteration_and_the_film(ranks):
-    """A launcher that sees one end with the code of a signal would end the others."""
-    assert [found["train"]["step"] for found in ranks] == [STOP_AT * BATCH * RANKS] * RANKS
-    assert [found["train"]["stopped_by"] for found in ranks] == [None, signal.SIGTERM]
+def test_all_processes_end_after_the_same_iteration_and_the_film(ranks):
+    """A launcher that sees one end would end the others."""
+    assert [found["train"]["step"] for found in ranks] == [ITERATIONS * BATCH * RANKS] * RANKS
     assert [found["train"]["filmed"] for found in ranks] == [True] * RANKS
 
 
@@ -300,7 +297,7 @@ def test_torchrun_trains_in_two_processes_exits_cleanly_and_one_can_go_on(tmp_pa
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_run_and_leaves_a_checkpoint(tmp_path):
-    with torchrun(tmp_path, Path(__file__), str(tmp_path), "1000000") as process:
+    with torchrun(tmp_path, Path(__file__), *flags(tmp_path, total_timesteps=10**6)) as process:
         assert process.wait(120) not in (0, None)
     assert "another process is gone" in printed(tmp_path) or "SIGKILL" in printed(tmp_path)
     assert core.load_checkpoint(tmp_path / core.LAST)["counters"]["step"] in (0, BATCH * RANKS)
@@ -308,27 +305,45 @@ def test_a_process_that_is_killed_ends_the_run_and_leaves_a_checkpoint(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_restart_by_torchrun_goes_on_from_the_last_checkpoint(tmp_path):
-    with torchrun(tmp_path, Path(__file__), str(tmp_path), "200", restarts=1) as process:
+@pytest.mark.usefixtures("no_pictures")  # in this process
+def test_a_restart_by_torchrun_with_resume_goes_on_from_the_last_checkpoint(tmp_path):
+    core.train(tiny(tmp_path, total_timesteps=BATCH))
+    typed = "--resume", "--out", str(tmp_path), "--total-timesteps", "200"
+    with torchrun(tmp_path, Path(__file__), *typed, restarts=1) as process:
         assert process.wait(120) == 0, printed(tmp_path)
     assert (tmp_path / "killed").exists()
-    assert column(tmp_path, "step") == [64, 128, 192, 256]
+    assert column(tmp_path, "step") == [32, 96, 160, 224]
 
 
-def be_killed(out: Path, total_timesteps: int) -> int:
-    """`walker.py`, in which rank 1 is killed in its second iteration, unless it was before."""
-    update, calls = core.update, []
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--overwrite",)], ids=["", "overwrite"])
+def test_a_restart_by_torchrun_without_resume_is_refused_and_removes_nothing(more, tmp_path):
+    typed = flags(tmp_path, total_timesteps=200)
+    with torchrun(tmp_path, Path(__file__), *typed, *more, restarts=1) as process:
+        assert process.wait(120) not in (0, None)
+    assert (tmp_path / "killed").exists()
+    assert f"{tmp_path / 'checkpoints_walker'} holds a run: --resume it" in printed(tmp_path)
+    assert column(tmp_path, "step") == [64]
+    assert core.load_checkpoint(tmp_path / core.LAST)["counters"]["step"] == 64
+
+
+def be_killed(*typed: str) -> int:
+    """`walker.py`, in which rank 1 is killed in its second iteration, unless it was before.
+
+    That it was is a file in the current folder.
+    """
+    update, calls, killed = core.update, [], Path("killed")
 
     def do_update(*args):
         calls.append(1)
-        if os.environ["RANK"] == "1" and len(calls) == 2 and not (out / "killed").exists():
-            (out / "killed").touch()
+        if os.environ["RANK"] == "1" and len(calls) == 2 and not killed.exists():
+            killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return update(*args)
 
     core.update = do_update
-    return walker.main(flags(out, total_timesteps=total_timesteps))
+    return walker.main(list(typed))
 
 
 if __name__ == "__main__":
-    sys.exit(be_killed(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(be_killed(*sys.argv[1:]))

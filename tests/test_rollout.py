@@ -109,28 +109,11 @@ def test_the_sample_and_its_logprob_are_stored_and_the_environment_gets_it_clipp
         assert not any(x.requires_grad for x in vars(buffer).values() if torch.is_tensor(x))
 
 
-@pytest.mark.slow
-def test_an_async_rollout_is_the_sync_one_to_the_bit():
-    found = []
-    for backend in ("sync", "async"):
-        torch.manual_seed(3)
-        config = toy_envs.script_config((3, -5), vector_env=backend, norm_obs=True)
-        collection, buffers, episodes = collect(config, 3)
-        collection.envs.close()
-        found.append((buffers, episodes))
-    (sync, sync_episodes), (other, other_episodes) = found
-    assert sync_episodes == other_episodes
-    for one, two in zip(sync, other, strict=True):
-        for name, values in vars(one).items():
-            assert np.array_equal(values, getattr(two, name)), name
-
-
 # ---- staggered starts ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["sync", pytest.param("async", marks=pytest.mark.slow)])
-def test_each_environment_restarts_once_where_its_episode_reaches_its_own_length(backend):
-    config = toy_envs.script_config((100,), vector_env=backend, gamma=0.9)
+def test_each_environment_restarts_once_where_its_episode_reaches_its_own_length():
+    config = toy_envs.script_config((100,), gamma=0.9)
     collection = toy_envs.Collection(config, restart_at=[0, 7, 10, 10**9])
     buffers = []
     for _ in range(5):
@@ -138,7 +121,6 @@ def test_each_environment_restarts_once_where_its_episode_reaches_its_own_length
         collection.rewards(buffers[-1])
         assert buffers[-1].valid.all()  # a restart is no row
         assert not collection.episodes  # and what was cut no episode
-    collection.envs.close()
     buffer = collection.buffer
     # rows of the second episodes: the first border past each length
     for tag, begin in enumerate([0, 7, 14, 35]):

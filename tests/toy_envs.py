@@ -230,7 +230,10 @@ class Collection:
     def rollout(self) -> core.Rollout:
         """Collect once more; a copy of the buffer, and its finished episodes in `episodes`."""
         agent = self.learner.agent
-        self.episodes = core.collect_rollout(self.envs, agent, self.normalizer, self.buffer)
+        collected = core.collect_rollout(self.envs, agent, self.normalizer, self.buffer)
+        self.episodes, raw_obs = collected
+        if self.normalizer.enabled:
+            self.normalizer.update(raw_obs)
         return copy.deepcopy(self.buffer)
 
     def rewards(self, buffer: core.Rollout) -> core.Tensor:
