@@ -56,15 +56,14 @@ def make_parser(defaults, usage, text) -> Parser:
 
 
 def parse_training(argv) -> tuple:
-    """Train PPO, then plot the curves and film the best policy.
+    """Train PPO, then plot the curves and film the best policy. `walker.py evaluate` tests it.
 
     A setting comes from, lowest first: the defaults, the preset of the environment, --config, the
     resumed checkpoint, its flag. The defaults below are those of BipedalWalker-v3. --desired-kl,
     --failure-cost, --action-cost and --entropy-coef are VALUE; START END over the run; or START
     END FROM TO while the mean training return goes from FROM to TO.
     """
-    usage = "walker.py [SETTINGS] or walker.py evaluate FILE [OPTIONS]"
-    parser = make_parser(core.Config.for_env(), usage, parse_training.__doc__)
+    parser = make_parser(core.Config.for_env(), "walker.py [SETTINGS]", parse_training.__doc__)
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--resume", nargs="?", const="", metavar="FILE", help="go on from a run")
     one.add_argument("--overwrite", action="store_true", help="remove the run in --out first")
@@ -152,7 +151,9 @@ def main(argv=None) -> int:
         sys.stdout = None
         return 141
     except (core.UserError, core.TrainingError, OSError) as error:
-        print(f"walker.py: {error}", file=sys.stderr)
+        # one line, whatever an environment or a file has put into it
+        text = "".join(c if c.isprintable() else " " for c in f"walker.py: {error}")
+        print(text[:380], file=sys.stderr)
         return 1 if isinstance(error, core.TrainingError) else 2
 
 

@@ -228,7 +228,7 @@ class Config(Validated):
         """Defaults, then the environment's preset, then `settings`."""
         return cls(**{"env": env, **PRESETS.get(preset_name(str(env)), {}), **settings})
 
-    def at(self, step: int, training_return: float) -> Config:
+    def at(self, step, training_return) -> Config:
         """The settings of one iteration: those that move are plain numbers in it.
 
         Between two positive numbers they move by equal factors, else by equal differences.
@@ -336,7 +336,7 @@ def seed_generators(seed: int):
     torch.manual_seed(seed)
 
 
-def is_image(space: gym.Space, channels: int = 0) -> bool:
+def is_image(space: gym.Space, channels=0) -> bool:
     """Whether it holds bytes, with that axis for channels; the convolutions need 20 pixels."""
     fits = isinstance(space, Box) and len(space.shape) == 3 and space.dtype == np.uint8
     return fits and min(np.delete(space.shape, channels)) >= 20
@@ -740,8 +740,8 @@ def stagger_episode_starts(envs, normalizer, rollout):
 
 
 @torch.no_grad()
-def collect_rollout(envs, agent, normalizer, rollout):
-    """Fill `rollout` with the next T steps.
+def collect_rollout(envs, agent, normalizer, rollout, bar=None):
+    """Fill `rollout` with the next T steps, and move the progress bar along.
 
     Returns (return, length) of the episodes that ended, raw, and all raw observations (T × N, *O).
     """
@@ -763,6 +763,8 @@ def collect_rollout(envs, agent, normalizer, rollout):
         rollout.terminated[t] = torch.from_numpy(terminated)
         rollout.truncated[t] = torch.from_numpy(truncated)
 
+        if bar is not None:
+            bar.update(len(obs))
         rollout.ended = terminated | truncated
         for i in np.flatnonzero(rollout.ended):
             episodes.append((float(rollout.episode_return[i]), int(rollout.episode_length[i])))
@@ -886,7 +888,7 @@ def adapt_learning_rates(optimizer, kl: float, desired_kl: float):
         group["lr"] *= float(factor)
 
 
-def average_over_processes(agent, metrics, rows: int):
+def average_over_processes(agent, metrics, rows):
     """Gradients and metrics as means over the rows of all processes, in one flat all-reduce."""
     if not dist.is_initialized():
         return metrics
@@ -899,7 +901,7 @@ def average_over_processes(agent, metrics, rows: int):
     return dict(zip(metrics, flat[-1 - len(values) : -1], strict=True))
 
 
-def mean_of(history, name: str) -> Tensor:
+def mean_of(history, name) -> Tensor:
     return torch.stack([metrics[name] for metrics in history]).mean()
 
 
@@ -911,9 +913,8 @@ def update(agent, optimizer, batch, config) -> dict:
     """
     # metrics of each minibatch
     history = []
-    kl_limit = 1.5 * (config.target_kl or math.inf)
-    if config.lr_schedule == "adaptive":
-        kl_limit = min(kl_limit, 2 * config.desired_kl)
+    desired_kl = config.desired_kl if config.lr_schedule == "adaptive" else math.inf
+    kl_limit = min(1.5 * (config.target_kl or math.inf), 2 * desired_kl)
     for _ in range(config.update_epochs):
         shuffled = torch.randperm(len(batch.obs), device=batch.obs.device)
         for rows in shuffled.tensor_split(config.num_minibatches):
@@ -944,7 +945,7 @@ def update(agent, optimizer, batch, config) -> dict:
     return columns
 
 
-def schedule_learning_rates(optimizer, config, step: int):
+def schedule_learning_rates(optimizer, config, step):
     """Set the rates of policy and value function for an absolute step of the whole run."""
     progress = min(step / config.total_timesteps, 1.0)
     factors = {"constant": 1.0, "linear": 1 - progress}
@@ -988,7 +989,7 @@ def play(act, config, seeds, render=None) -> Iterator[tuple]:
 END_SIGNALS = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 
 
-def interrupt(number: int, _frame):
+def interrupt(number, _frame):
     """A handler that lets a signal end the program as Ctrl-C does."""
     raise KeyboardInterrupt(number)
 
@@ -1186,7 +1187,7 @@ class Learner:
                 getattr(self, part).load_state_dict(state[part])
 
 
-def load_checkpoint(path, env: str | None = None) -> dict:
+def load_checkpoint(path, env=None) -> dict:
     """A checkpoint's state on the CPU. Runs no code from it; UserError if it cannot be used.
 
     torch.load does not look at checksums, and loads most flipped bits silently as other values, so
@@ -1296,7 +1297,7 @@ def run_in(out: Path) -> dict:
 
 
 @contextlib.contextmanager
-def claim_folder(out: Path, run, overwrite):
+def claim_folder(out, run, overwrite):
     """Make and lock the folder of the run with this id.
 
     UserError if it holds another run, one is running in it, or it cannot be written to.
@@ -1374,7 +1375,7 @@ class RunLog(contextlib.ExitStack):
         self.last_line_at = time.monotonic()
 
 
-def film_one(saved_act, config, measure, limit, files, seed: int) -> list:
+def film_one(saved_act, config, measure, limit, files, seed) -> list:
     """Film an episode in a worker process, see `record_episode`."""
     import viz
 
@@ -1421,7 +1422,7 @@ def episode_columns(episodes) -> dict:
     return columns
 
 
-def film_policy(learner, log, mp4: Path):
+def film_policy(learner, log, mp4):
     """Film an episode with the run's own seed for films; one line if that cannot be."""
     [seed] = env_seeds(learner.config.seed, VIDEO, 1)
     log.line("filming an episode …")
@@ -1480,7 +1481,7 @@ def open_run(learner, overwrite: bool) -> Iterator[RunLog]:
                 raise
 
 
-def is_due(every: int, step: int, config) -> bool:
+def is_due(every, step, config) -> bool:
     """Whether the iteration that ends at `step` is the first at or past a multiple of `every`."""
     return every > 0 and step // every > (step - config.steps_per_iteration) // every
 
@@ -1496,6 +1497,7 @@ def evaluate_if_due(learner, log, started):
     is_last = config.eval_every > 0 and counters.step >= config.total_timesteps
     if not (is_last or is_due(config.eval_every, counters.step, config)):
         return {}, False
+    log.bar.set_postfix_str("evaluating")
     seeds = env_seeds(config.seed, EVALUATE, config.eval_episodes)
     returns, _ = evaluate_policy(learner.act, config, seeds)
     columns = {"eval_return_mean": returns.mean(), "eval_return_std": returns.std()}
@@ -1551,8 +1553,7 @@ def prepare_learner(config, resume) -> Learner:
         learner.load(initial, config.init_from, POLICY)
         learner.counters = Counters()
     if config.stop_when_solved and (learner.threshold is None or config.eval_every == 0):
-        need = "a reward threshold of the environment, and --eval-every above 0"
-        raise UserError(f"--stop-when-solved needs {need}")
+        raise UserError("--stop-when-solved needs a reward threshold and --eval-every")
     return learner
 
 
@@ -1601,8 +1602,7 @@ def train(config, resume=None, overwrite=False) -> Counters:
         learner.about.update(provenance())
         # barrier: every process has read what rank 0 may remove now
         any_process(False)
-        if rank == 0:
-            log = stack.enter_context(open_run(learner, overwrite))
+        log = stack.enter_context(open_run(learner, overwrite)) if rank == 0 else None
         # as if the run had been in one piece
         started = time.perf_counter() - counters.wall_s
 
@@ -1614,7 +1614,8 @@ def train(config, resume=None, overwrite=False) -> Counters:
             now = config.at(counters.step, counters.training_return)
 
             # collect a rollout
-            episodes, raw_obs = collect_rollout(envs, agent, learner.obs_normalizer, rollout)
+            bar = log and log.bar
+            episodes, raw_obs = collect_rollout(envs, agent, learner.obs_normalizer, rollout, bar)
             collected = time.perf_counter()
 
             # compute advantages of the normalized rewards; update
@@ -1623,9 +1624,8 @@ def train(config, resume=None, overwrite=False) -> Counters:
                 learner.obs_normalizer.update(raw_obs)
             batch = make_batch(rollout, agent, learner.reward_normalizer, now)
             losses = update(agent, learner.optimizer, batch, now)
-            for name, value in losses.items():
-                if not math.isfinite(value):
-                    raise TrainingError(f"{name} is {value}: lower --learning-rate")
+            if not all(map(math.isfinite, losses.values())):
+                raise TrainingError(f"lower --learning-rate, not finite: {losses}")
             counters.training_return = average_return(counters.training_return, episodes)
             counters.step += config.steps_per_iteration
             counters.iteration += 1

@@ -160,10 +160,7 @@ def be_trained(argv: list[str], fault: list | None, scores: list[float] | None, 
     core.save_if_due = save_every_third
     if scores is not None:
         left = iter(scores)
-        core.evaluate_policy = lambda act, config, seeds, _: (
-            np.full(len(seeds), next(left)),
-            seeds,
-        )
+        core.evaluate_policy = lambda act, config, seeds: (np.full(len(seeds), next(left)), seeds)
     if fault is not None:
         arm(Fault(*fault))
     exec(hook, {"core": core})

@@ -40,7 +40,7 @@ def complaint(out: Path) -> str:
 
 
 WRITERS = {  # where the disk is full from the nth call of it on, for files larger than so much
-    "config.json": ("core", "write_config", 1, "", 500),
+    "config.json": ("core", "open_run", 1, "", 500),
     "the first last.pt": ("Learner", "save", 1, core.LAST, 5000),
     "last.pt": ("Learner", "save", 3, core.LAST, 5000),
     "best.pt": ("Learner", "save", 2, core.BEST, 5000),
@@ -135,7 +135,4 @@ def test_a_folder_deleted_while_running_is_one_line(gone, moment, why, code, tra
     said = Path(f"{out}.log").read_text()
     assert re.search(f"(cannot be written|no video): .*({why})", said)
     assert ("no video: " in said, "walker.py: " in said) == (code == 0, code == 1)
-    wrong = look(out, [])
-    if gone == "checkpoints_walker":  # with its metrics.csv
-        assert wrong.pop("lost") == checkpoint(out / core.LAST)["iteration"] == 5
-    assert not wrong
+    assert not look(out, [])

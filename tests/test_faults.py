@@ -155,7 +155,8 @@ def test_a_loss_or_gradient_that_is_not_finite_leaves_the_checkpoints_of_before(
 ):
     poison(what, monkeypatch)
     message = failure(tmp_path, capfd, eval_every=BATCH)
-    assert "grad_norm is " in message or " is nan" in message
+    assert "lower --learning-rate" in message
+    assert "nan" in message
     assert last_iteration(tmp_path) <= 1
     assert [row["step"] for row in rows(tmp_path)] == ["32"]
     assert is_finite(core.load_checkpoint(tmp_path / core.BEST))
@@ -253,10 +254,10 @@ def test_a_signal_to_the_workers_too_as_from_a_scheduler_ends_the_run_as_any_sig
 ):
     assert exit_code_after(os.killpg, number, tmp_path) == 128 + number
     assert "Traceback" not in (tmp_path / "err.txt").read_text()
-    assert [row["eval_return_mean"] for row in rows(tmp_path)] == [""]
+    assert rows(tmp_path) == []  # the evaluation belongs to the first
     state = core.load_checkpoint(tmp_path / core.LAST, HANGING)
     assert is_finite(state)
-    assert state["counters"]["iteration"] == 1
+    assert state["counters"]["iteration"] == 0
 
 
 # ---- unusual, but right --------------------------------------------------------------------------

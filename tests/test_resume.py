@@ -61,7 +61,7 @@ def train_in_one_piece(config: core.Config, ks: tuple[int, ...], monkeypatch) ->
     """
     collect, cut_off, replaced, done = core.collect_rollout, [], [], 0
 
-    def collect_in_new_worlds(envs, agent, normalizer, rollout):
+    def collect_in_new_worlds(envs, agent, normalizer, rollout, *rest):
         nonlocal done
         if done in ks:
             cut_off.append(rollout.episode_length + rollout.ended)
@@ -73,7 +73,7 @@ def train_in_one_piece(config: core.Config, ks: tuple[int, ...], monkeypatch) ->
             fresh = core.Rollout(config, env, seeds, normalizer.normalize(obs))
             vars(rollout).update(vars(fresh))
         done += 1
-        return collect(replaced[-1] if replaced else envs, agent, normalizer, rollout)
+        return collect(replaced[-1] if replaced else envs, agent, normalizer, rollout, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(core, "collect_rollout", collect_in_new_worlds)

@@ -225,6 +225,5 @@ def test_a_hangup_ends_a_run_like_a_schedulers_signal_unless_it_is_ignored(ignor
         wait_for(process, lambda: csv.read_text().count("\n") > lines + 2)
         process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + (signal.SIGTERM if ignored else signal.SIGHUP)
-    assert core.load_checkpoint(tmp_path / core.LAST)["counters"]["iteration"] == len(
-        rows(tmp_path)
-    )
+    saved = core.load_checkpoint(tmp_path / core.LAST)["counters"]["iteration"]
+    assert 1 <= saved <= len(rows(tmp_path))
