@@ -478,8 +478,9 @@ def plot_comparison(metrics_paths, png_path):
             curves = [return_curve(run, column, unit, evaluated) for run in group]
             _draw_curves(axes, curves, color, label)
         _draw_threshold(axes, solved_threshold(runs))
-    env = f"{runs[0].env} · " if len({run.env for run in runs}) == 1 else ""
-    _save(figure, axes, f"{env}{kind} of {len(runs)} runs", png_path)
+    envs = {run.env for run in runs}
+    env = envs.pop() if len(envs) == 1 else "different environments"
+    _save(figure, axes, f"{env} · {kind} of {len(runs)} runs", png_path)
 
 
 def plot_gait(npz_path, png_path):

@@ -281,6 +281,16 @@ def test_a_comparison_shows_training_returns_unless_every_run_has_evaluations(tm
     assert line(axes, "b").get_ydata()[-1] == 3 - 100
 
 
+@pytest.mark.parametrize("second", ["A-v0", "B-v0"])
+def test_a_comparison_says_which_environment_it_is_of_or_that_they_differ(second, tmp_path, saved):
+    for folder, env in (("a", "A-v0"), ("b", second)):
+        path = tmp_path / folder / "metrics.csv"
+        write_run(path, [row(i) for i in range(1, 21)], {"env": env, "seed": 1})
+    viz.plot_comparison(sorted(tmp_path.glob("*/metrics.csv")), "c.png")
+    title = saved[0][2]
+    assert title.startswith("A-v0 · " if second == "A-v0" else "different environments · ")
+
+
 @pytest.mark.slow
 def test_the_picture_has_its_size_and_its_colors(tmp_path):
     about = {"_about": {"reward_threshold": 300}}
