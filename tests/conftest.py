@@ -11,6 +11,8 @@ import torch
 import walker_core as core
 
 torch.set_num_threads(1)  # with networks this small, two only fight for the cores
+# a job in the background ignores Ctrl-C, and so would the runs that the tests send it to
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
