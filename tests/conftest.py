@@ -11,8 +11,10 @@ import torch
 import walker_core as core
 
 torch.set_num_threads(1)  # with networks this small, two only fight for the cores
-# a job in the background ignores Ctrl-C, and so would the runs that the tests send it to
+# a job in the background ignores Ctrl-C, one of nohup a hangup, and so would the tests' runs
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
