@@ -743,7 +743,7 @@ def stagger_episode_starts(envs, normalizer, rollout):
 def collect_rollout(envs, agent, normalizer, rollout, bar=None):
     """Fill `rollout` with the next T steps, and move the progress bar along.
 
-    Returns (return, length) of the episodes that ended, raw, and all raw observations (T × N, *O).
+    Returns (return, length) of the episodes that ended, raw, and T raw observations (N, *O).
     """
     episodes, raw_obs = [], []
     stagger_episode_starts(envs, normalizer, rollout)
@@ -769,7 +769,7 @@ def collect_rollout(envs, agent, normalizer, rollout, bar=None):
         for i in np.flatnonzero(rollout.ended):
             episodes.append((float(rollout.episode_return[i]), int(rollout.episode_length[i])))
             rollout.episode_return[i] = rollout.episode_length[i] = 0
-    return episodes, torch.cat(raw_obs)
+    return episodes, raw_obs
 
 
 # ==== 5. Advantages ===============================================================================
@@ -1621,7 +1621,7 @@ def train(config, resume=None, overwrite=False) -> Counters:
             # compute advantages of the normalized rewards; update
             learner.is_whole = False
             if learner.obs_normalizer.enabled:
-                learner.obs_normalizer.update(raw_obs)
+                learner.obs_normalizer.update(torch.cat(raw_obs))
             batch = make_batch(rollout, agent, learner.reward_normalizer, now)
             losses = update(agent, learner.optimizer, batch, now)
             if not all(map(math.isfinite, losses.values())):

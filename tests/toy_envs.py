@@ -233,7 +233,7 @@ class Collection:
         collected = core.collect_rollout(self.envs, agent, self.normalizer, self.buffer)
         self.episodes, raw_obs = collected
         if self.normalizer.enabled:
-            self.normalizer.update(raw_obs)
+            self.normalizer.update(core.torch.cat(raw_obs))
         return copy.deepcopy(self.buffer)
 
     def rewards(self, buffer: core.Rollout) -> core.Tensor:

@@ -30,6 +30,8 @@ import walker_core as core
 
 ENV = "BipedalWalker-v3"
 TINY = {"num_envs": 8, "rollout_steps": 64, "minibatch_size": 128, "eval_every": 0}
+# a linear one would be another with another total
+TINY["lr_schedule"] = "constant"
 COMPARED = ("return_mean", "policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm")
 
 
@@ -37,9 +39,6 @@ def train(out: Path, device: str, iterations: int, resume: Path | None = None) -
     """The rows of a small run, without its film and curves."""
     steps = iterations * TINY["num_envs"] * TINY["rollout_steps"]
     config = core.Config(env=ENV, device=device, out=str(out), total_timesteps=steps, **TINY)
-    # the rate would be another with another total
-    config = core.dataclasses.replace(config, lr_schedule="constant")
-    core.export = core.draw_curves = lambda *args: None
     core.train(config, resume)
     with open(out / core.METRICS_CSV, newline="") as file:
         return list(csv.DictReader(file))
@@ -147,7 +146,6 @@ def count_waits(device: str) -> None:
 def solve(device: str, steps: int) -> None:
     """Time until solved, by EnvPool on all cores."""
     with tempfile.TemporaryDirectory() as folder:
-        core.export = core.draw_curves = lambda *args: None
         options = {"vector_env": "envpool", "stop_when_solved": True, "total_timesteps": steps}
         began = time.perf_counter()
         counters = core.train(core.Config.for_env(ENV, device=device, out=folder, **options))
@@ -163,6 +161,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="a rehearsal: tiny sizes")
     args = parser.parse_args()
+    # without films and curves
+    core.export = core.draw_curves = lambda *args: None
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads", end="")
     print(f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no CUDA")
     check(args.device)
