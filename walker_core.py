@@ -33,7 +33,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import timedelta
 from importlib import metadata
 from importlib.util import find_spec
@@ -189,7 +189,7 @@ class Config(Validated):
     layer_norm: bool = setting(False, "put a LayerNorm before each activation")
     mean_activation: Literal["none", "tanh"] = setting("none", "tanh keeps mean actions within ±1")
     init_std: float = setting(1.0, "initial std of the actions", ge=0.001, le=10)
-    state_dependent_std: bool = setting(False, "let the policy network output the std too")
+    state_dependent_std: bool = setting(False, "let the policy output the std too")
 
     learning_rate: float = setting(3e-4, "learning rate of Adam", gt=0)
     value_learning_rate: float | None = setting(None, "learning rate of the critic", gt=0)
@@ -211,8 +211,8 @@ class Config(Validated):
 
     eval_every: Int = setting(100_000, "steps between evaluations; 0: never", ge=0)
     eval_episodes: Int = setting(10, "episodes per evaluation", ge=1)
-    checkpoint_every: Int = setting(0, "steps between kept step_N.pt; 0: keep none", ge=0)
-    record_every: Int = setting(0, "steps between videos; 0: only at the end", ge=0)
+    checkpoint_every: Int = setting(0, "steps between kept step_N.pt; 0: none", ge=0)
+    record_every: Int = setting(0, "steps between videos; 0: at the end", ge=0)
     tensorboard: bool = setting(False, "write metrics for TensorBoard too")
     stop_when_solved: bool = setting(False, "stop as soon as the run is solved")
 
@@ -1018,9 +1018,11 @@ def map_in_workers(task, arguments) -> list:
     # a process that has run JAX cannot be forked
     context = multiprocessing.get_context("spawn" if "jax" in sys.modules else None)
     pool = ProcessPoolExecutor(min(os.cpu_count(), len(arguments)), context, prepare_worker)
+    failed = reraise_as(TrainingError, "a worker process died", BrokenExecutor)
     try:
-        with reraise_as(TrainingError, "a worker process died", BrokenExecutor):
-            return list(pool.map(task, arguments))
+        # a thread forks them: Python loses what a signal raises while the main thread does
+        with failed, ThreadPoolExecutor(1) as thread:
+            return list(thread.submit(pool.map, task, arguments).result())
     finally:
         # Python 3.14 has kill_workers for it
         for process in list((pool._processes or {}).values()):
@@ -1133,8 +1135,7 @@ class Learner:
         # the return that counts as solved, or None
         self.threshold = self.env.spec.reward_threshold
         # of films and of simulated time
-        fps = self.env.metadata.get("render_fps")
-        self.fps = float(fps) if isinstance(fps, int | float | np.number) and fps > 0 else 30.0
+        self.fps = float(self.env.metadata.get("render_fps") or 30)
         obs_space, action_space = self.env.observation_space, self.env.action_space
         self.agent = ActorCritic(obs_space, action_space, config).to(self.device)
         self.optimizer = self._make_optimizer()
@@ -1206,7 +1207,7 @@ def load_checkpoint(path, env=None) -> dict:
         # a damaged or forged file can raise anything
         raise UserError(f"{path} is no checkpoint, or a damaged one") from None
     if number != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} has format {number}, this program reads {CHECKPOINT_FORMAT}")
+        raise UserError(f"{path} has format {number}, this reads {CHECKPOINT_FORMAT}")
     if ":" in saved_env and env is None:
         raise UserError(f"{path} would import {saved_env!r}: allow it with --env")
     return state

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -626,6 +627,29 @@ def test_a_signal_ends_the_run_saves_all_and_plots(number, tmp_path):
     errors = (tmp_path / "err.txt").read_text()
     assert "stopped: --resume goes on" in (tmp_path / "out.txt").read_text()
     assert "Traceback" not in errors
+
+
+SIGNAL_IN_A_FORK = """
+import os, signal, sys
+import walker
+numbers = [signal.SIGTERM]
+os.register_at_fork(after_in_parent=lambda: numbers and signal.raise_signal(numbers.pop()))
+sys.exit(walker.main())
+"""
+
+
+def test_a_signal_while_workers_are_forked_is_not_lost(tmp_path):
+    argv = flags(tmp_path, total_timesteps=10 * BATCH, eval_every=BATCH)
+    run = subprocess.run(
+        [sys.executable, "-c", SIGNAL_IN_A_FORK, *argv],
+        cwd=Path(walker.__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 128 + signal.SIGTERM
+    assert run.stderr == ""
+    assert "stopped: --resume goes on" in run.stdout
 
 
 # ---- pictures ------------------------------------------------------------------------------------
