@@ -172,7 +172,7 @@ class Config(Validated):
     max_episode_steps: Int = setting(10_000, "time limit of environments without one", ge=1)
     seed: Int = setting(1, "seed of the whole run", ge=0, lt=2**32)
     device: Device = setting("auto", "auto: cuda if present, or cpu")
-    out: str = setting(".", "folder for checkpoints_walker/, videos/ and plots/", min_length=1)
+    out: str = setting(".", "folder for the run's files", min_length=1)
     init_from: str | None = setting(None, "checkpoint to start from")
 
     vector_env: Literal["sync", "envpool"] = setting("sync", "how to step environments")
@@ -186,7 +186,7 @@ class Config(Validated):
     actor_hidden: Layers = setting((64, 64), "layers of the policy", min_length=1)
     critic_hidden: Layers = setting((64, 64), "layers of the critic", min_length=1)
 
-    layer_norm: bool = setting(False, "put a LayerNorm before each activation")
+    layer_norm: bool = setting(False, "a LayerNorm before each activation")
     mean_activation: Literal["none", "tanh"] = setting("none", "tanh keeps mean actions within ±1")
     init_std: float = setting(1.0, "initial std of the actions", ge=0.001, le=10)
     state_dependent_std: bool = setting(False, "let the policy output the std too")
@@ -213,7 +213,7 @@ class Config(Validated):
     eval_episodes: Int = setting(10, "episodes per evaluation", ge=1)
     checkpoint_every: Int = setting(0, "steps between kept step_N.pt; 0: none", ge=0)
     record_every: Int = setting(0, "steps between videos; 0: at the end", ge=0)
-    tensorboard: bool = setting(False, "write metrics for TensorBoard too")
+    tensorboard: bool = setting(False, "log for TensorBoard too")
     stop_when_solved: bool = setting(False, "stop as soon as the run is solved")
 
     def __post_init__(self):
@@ -1135,7 +1135,8 @@ class Learner:
         # the return that counts as solved, or None
         self.threshold = self.env.spec.reward_threshold
         # of films and of simulated time
-        self.fps = float(self.env.metadata.get("render_fps") or 30)
+        fps = self.env.metadata.get("render_fps")
+        self.fps = float(fps) if isinstance(fps, int | float | np.number) and fps > 0 else 30.0
         obs_space, action_space = self.env.observation_space, self.env.action_space
         self.agent = ActorCritic(obs_space, action_space, config).to(self.device)
         self.optimizer = self._make_optimizer()
@@ -1257,8 +1258,7 @@ def load_learner(checkpoint, env=None, device="auto", env_kwargs=()) -> Learner:
     config = config_from(state["config"], checkpoint)
     if env in (None, config.env):
         env, env_kwargs = config.env, env_kwargs or config.env_kwargs
-    changes = {"env": env, "env_kwargs": env_kwargs, "device": device}
-    learner = Learner(dataclasses.replace(config, **changes))
+    learner = Learner(dataclasses.replace(config, env=env, env_kwargs=env_kwargs, device=device))
     learner.load(state, checkpoint, POLICY)
     return learner
 
