@@ -837,8 +837,8 @@ def make_batch(rollout, agent, reward_normalizer, config) -> Batch:
     statistics = RunningMeanStd()
     statistics.update(advantages[rollout.valid].cpu())
     advantages = ((advantages - statistics.mean) / (statistics.var.sqrt() + 1e-8)).float()
-    obs, actions, logprobs = rollout.obs[:-1], rollout.actions, rollout.logprobs
-    batch = Batch(obs, actions, logprobs, values[:-1], advantages, returns)
+    obs, logprobs = rollout.obs[:-1], rollout.logprobs
+    batch = Batch(obs, rollout.actions, logprobs, values[:-1], advantages, returns)
     return batch.select(rollout.valid)
 
 
@@ -937,9 +937,8 @@ def update(agent, optimizer, batch, config) -> dict:
     if config.lr_schedule == "adaptive":
         adapt_learning_rates(optimizer, columns["approx_kl"], config.desired_kl)
     columns["learning_rate"] = float(optimizer.param_groups[0]["lr"])
-    residual = (batch.returns - batch.values).var(correction=0)
-    unexplained = residual / (batch.returns.var(correction=0) + 1e-8)
-    columns["explained_variance"] = (1 - unexplained).item()
+    errors = (batch.returns - batch.values).var(correction=0)
+    columns["explained_variance"] = (1 - errors / (batch.returns.var(correction=0) + 1e-8)).item()
     if not agent.discrete:
         columns["action_std"] = agent.distribution(batch.obs).stddev.mean().item()
     return columns
@@ -1113,7 +1112,7 @@ class Counters(Validated):
     solved_step: pydantic.NonNegativeInt | None = None
 
 
-def provenance() -> dict:
+def provenance():
     """The command, versions and machine of this process, for readers; a commit if there is one."""
     found = {"command": sys.argv, "python": sys.version, "platform": platform.platform()}
     found["packages"] = {package.name: package.version for package in metadata.distributions()}
@@ -1425,10 +1424,9 @@ def episode_columns(episodes) -> dict:
 
 def film_policy(learner, log, mp4):
     """Film an episode with the run's own seed for films; one line if that cannot be."""
-    [seed] = env_seeds(learner.config.seed, VIDEO, 1)
     log.line("filming an episode …")
     try:
-        record_episode(learner, seed, mp4)
+        record_episode(learner, env_seeds(learner.config.seed, VIDEO, 1)[0], mp4)
         log.line(f"video: {mp4}, and a GIF beside it")
     # a film is not worth a training
     except TrainingError as error:
@@ -1587,11 +1585,14 @@ def train(config, resume=None, overwrite=False) -> Counters:
         rank, _ = rank_and_world_size()
         # what torchrun starts again must not remove what it has made
         overwrite = overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        # the same first networks on any number of cores
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         learner = prepare_learner(config, resume)
         agent, counters = learner.agent, learner.counters
         # small networks lose more to threads than they gain
-        if sum(p.numel() for p in agent.parameters()) < 100_000:
-            torch.set_num_threads(1)
+        if sum(p.numel() for p in agent.parameters()) >= 100_000:
+            torch.set_num_threads(threads)
         # TF32 on CUDA
         torch.set_float32_matmul_precision("high")
         seeds = env_seeds(config.seed, TRAIN, config.num_envs, rank, counters.step)

@@ -97,6 +97,16 @@ def test_two_runs_are_equal_to_the_bit_with_one_seed_and_differ_with_two(tmp_pat
     assert not torch.equal(networks[0].weight, networks[1].weight)
 
 
+def test_a_run_is_the_same_whatever_the_number_of_threads(tmp_path):
+    """From the first networks on, to the bit."""
+    found = []
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        core.train(tiny(tmp_path / str(threads), actor_hidden=(64, 64)))
+        found.append(without_clock(rows(tmp_path / str(threads))))
+    assert found[0] == found[1]
+
+
 def test_evaluation_does_not_touch_training(tmp_path):
     for every in (0, BATCH):
         core.train(tiny(tmp_path / str(every), eval_every=every))
