@@ -106,6 +106,7 @@ def floor_of_collecting(learner: core.Learner, actions: Any, seeds: list[int]) -
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # as in training
     vector_env = sys.argv[1] if len(sys.argv) > 1 else "sync"
     state = core.load_checkpoint(POLICY)
     config = core.Config.for_env("BipedalWalker-v3", vector_env=vector_env)
