@@ -213,7 +213,7 @@ class Config(Validated):
     eval_episodes: Int = setting(10, "episodes per evaluation", ge=1)
     checkpoint_every: Int = setting(0, "steps between kept step_N.pt; 0: none", ge=0)
     record_every: Int = setting(0, "steps between videos; 0: at the end", ge=0)
-    tensorboard: bool = setting(False, "log for TensorBoard too")
+    tensorboard: bool = setting(False, "log for TensorBoard")
     stop_when_solved: bool = setting(False, "stop as soon as the run is solved")
 
     def __post_init__(self):
@@ -937,8 +937,8 @@ def update(agent, optimizer, batch, config) -> dict:
     if config.lr_schedule == "adaptive":
         adapt_learning_rates(optimizer, columns["approx_kl"], config.desired_kl)
     columns["learning_rate"] = float(optimizer.param_groups[0]["lr"])
-    errors = (batch.returns - batch.values).var(correction=0)
-    columns["explained_variance"] = (1 - errors / (batch.returns.var(correction=0) + 1e-8)).item()
+    residual = (batch.returns - batch.values).var(correction=0)
+    columns["explained_variance"] = (1 - residual / (batch.returns.var(correction=0) + 1e-8)).item()
     if not agent.discrete:
         columns["action_std"] = agent.distribution(batch.obs).stddev.mean().item()
     return columns
