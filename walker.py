@@ -27,7 +27,6 @@ class Evaluation(core.Validated):
     analyze_value: bool = setting(False, "plot ten, into plots/")
     render: bool = setting(False, "show some in a window")
     seconds: float | None = setting(None, "limit of film or show", gt=0)
-    json: bool = setting(False, "print the result as JSON")
     env_kwargs: tuple[core.KeyValue, ...] = setting((), "environment arguments, KEY=VALUE")
     out: str | None = setting(None, "folder for videos/ and plots/ (default: the run's)")
 
@@ -42,8 +41,7 @@ def make_parser(defaults, usage, text) -> Parser:
     # the result holds only what was typed
     parser = Parser(None, usage, text, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, field in defaults.__pydantic_fields__.items():
-        kind = typing.get_origin(field.annotation)
-        parts = typing.get_args(field.annotation)
+        kind, parts = typing.get_origin(field.annotation), typing.get_args(field.annotation)
         options = {"metavar": "|".join(parts) if kind is typing.Literal else "VALUE"}
         if field.annotation is bool:
             options = {"action": argparse.BooleanOptionalAction}
@@ -59,9 +57,10 @@ def parse_training(argv) -> tuple:
     """Train PPO, then plot the curves and film the best policy. `walker.py evaluate` tests it.
 
     A setting comes from, lowest first: the defaults, the preset of the environment, --config, the
-    resumed checkpoint, its flag. The defaults below are those of BipedalWalker-v3. --desired-kl,
-    --failure-cost, --action-cost and --entropy-coef are VALUE; START END over the run; or START
-    END FROM TO while the mean training return goes from FROM to TO.
+    resumed checkpoint (the networks' settings: that of --init-from), its flag. The defaults below
+    are those of BipedalWalker-v3. --desired-kl, --failure-cost, --action-cost and --entropy-coef
+    are VALUE; START END over the run; or START END FROM TO while the mean training return goes
+    from FROM to TO.
     """
     parser = make_parser(core.Config.for_env(), "walker.py [SETTINGS]", parse_training.__doc__)
     one = parser.add_mutually_exclusive_group()
@@ -84,6 +83,10 @@ def parse_training(argv) -> tuple:
             base["env"] = typed["env"]
         # check the file by itself, so that the message names it
         base = vars(core.config_from(base, source))
+    if resume is None and "init_from" in typed:
+        saved = core.load_checkpoint(typed["init_from"], typed.get("env"))["config"]
+        saved = core.config_from(saved, typed["init_from"])
+        base.update({name: getattr(saved, name) for name in core.NETWORKS})
     return core.Config.for_env(**{**base, **typed}), resume, overwrite
 
 
@@ -119,18 +122,16 @@ def evaluate(argv):
         limit = round((test.seconds or 30) * learner.fps)
         list(itertools.islice(core.play(learner.act, learner.config, seeds, "human"), limit))
     returns, lengths = core.evaluate_policy(learner.act, learner.config, seeds)
-    result = {"mean": returns.mean(), "std": returns.std(), "episodes": len(returns)}
-    result.update(min=returns.min(), max=returns.max(), length=lengths.mean())
-    line = "95 % bootstrap interval: {:.1f} to {:.1f}\nreturn {mean:.1f} ± {std:.1f}"
-    line += " over {episodes} episodes (min {min:.1f}, max {max:.1f}), length {length:.0f}"
     means = np.random.default_rng(0).choice(returns, (10_000, len(returns))).mean(axis=1)
-    text = line.format(*np.percentile(means, [2.5, 97.5]), **result)
-    print(json.dumps(result) if test.json else text, flush=True)
+    low, high = np.percentile(means, [2.5, 97.5])
+    print(f"95 % bootstrap interval: {low:.1f} to {high:.1f}")
+    text = f"return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
+    text += f" (min {returns.min():.1f}, max {returns.max():.1f}), length {lengths.mean():.0f}"
+    print(text, flush=True)
 
 
-def main(argv=None) -> int:
+def main(argv) -> int:
     """Exit code: 0, 2 for a wrong command, 1 if training failed, 130, 143 or 129 after a signal."""
-    argv = sys.argv[1:] if argv is None else argv
     # None if it is closed
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
@@ -158,4 +159,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -269,6 +269,10 @@ class Config(Validated):
         return options
 
 
+# Settings of the networks, which come with the weights of --init-from.
+NETWORKS = (
+    "actor_hidden", "critic_hidden", "layer_norm", "mean_activation", "state_dependent_std",
+)  # fmt: skip
 # Settings that may move, and columns of metrics.csv.
 COURSES = ("desired_kl", "failure_cost", "action_cost", "entropy_coef")
 
@@ -1271,11 +1275,6 @@ CSV_COLUMNS = [
     "approx_kl", "clip_fraction", "explained_variance", "action_std", "grad_norm", "learning_rate",
     "training_return", *COURSES,
 ]  # fmt: skip
-# Names that dashboards know; the others are in train/.
-BOARD_NAMES = {
-    "return_mean": "rollout/ep_rew_mean", "length_mean": "rollout/ep_len_mean",
-    "eval_return_mean": "eval/mean_reward", "steps_per_s": "time/fps",
-}  # fmt: skip
 METRICS_CSV = "checkpoints_walker/metrics.csv"
 CONFIG_JSON = "checkpoints_walker/config.json"
 TENSORBOARD = "checkpoints_walker/tensorboard"
@@ -1360,7 +1359,7 @@ class RunLog(contextlib.ExitStack):
             file.write(f"{line}\n")
         if self.board is not None:
             for name, value in values.items():
-                self.board.add_scalar(BOARD_NAMES.get(name, f"train/{name}"), value, values["step"])
+                self.board.add_scalar(name, value, values["step"])
         text = f"return {values.get('training_return', math.nan):.1f}"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(values["step"] - self.bar.n)

@@ -254,6 +254,21 @@ def test_init_from_takes_weights_and_statistics_and_nothing_else(trained, state)
     assert same(rewards, dict(state["reward_normalizer"]))  # the scale of the critic's values
 
 
+def test_init_from_brings_its_networks_unless_other_sizes_are_typed():
+    """Hardcore's preset has larger ones than a flat walker's."""
+    pretrained = str(Path(__file__).parents[1] / "checkpoints_walker/pretrained.pt")
+    argv = ["--env", "BipedalWalkerHardcore-v3", "--init-from", pretrained, "--device", "cpu"]
+    config, _, _ = walker.parse_training(argv)
+    preset = core.Config.for_env("BipedalWalkerHardcore-v3", init_from=pretrained, device="cpu")
+    assert preset.actor_hidden == (128, 128)
+    assert config == dataclasses.replace(preset, actor_hidden=(64, 64), critic_hidden=(64, 64))
+    core.prepare_learner(config, None)
+    config, _, _ = walker.parse_training([*argv, "--actor-hidden", "5"])
+    assert (config.actor_hidden, config.critic_hidden) == ((5,), (64, 64))
+    with pytest.raises(core.UserError, match="does not fit this run"):
+        core.prepare_learner(config, None)
+
+
 def test_the_best_of_a_run_may_be_where_the_run_that_replaces_it_starts(tmp_path, state):
     (tmp_path / core.LAST).parent.mkdir()
     write(state, tmp_path / core.BEST)

@@ -53,6 +53,8 @@ def another(name: str):
         return (0.25, 0.0, -50.0, 300.0)
     if name in ("actor_hidden", "critic_hidden"):
         return (16, 8)
+    if name == "init_from":
+        return str(Path(core.__file__).with_name("checkpoints_walker") / "pretrained.pt")
     return {"clip_reward": (-1000.0, 3.0), "env_kwargs": ("g=9.81", "render_fps=9")}.get(name, "x")
 
 
@@ -294,9 +296,6 @@ def test_evaluate_prints_the_numbers_of_its_episodes_and_writes_nothing(folder, 
     seeds = core.env_seeds(3, core.TEST, 5)
     returns, lengths = evaluate_here(learner.act, learner.config, seeds)
     expected = [returns.mean(), returns.std(), 5, returns.min(), returns.max(), lengths.mean()]
-    found = json.loads(evaluate(capsys, *five, "--json")[-1])
-    assert list(found) == ["mean", "std", "episodes", "min", "max", "length"]
-    assert list(found.values()) == pytest.approx(expected)
     rounded = [float(number) for number in RESULT.fullmatch(line).groups()]
     assert rounded == pytest.approx(expected, abs=0.051)
     assert returns.std() > 1

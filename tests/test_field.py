@@ -4,7 +4,6 @@ are one line.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
@@ -307,11 +306,9 @@ def test_what_is_wrong_from_the_first_step_on_is_one_line_too(env, tmp_path, cap
 
 
 @pytest.mark.parametrize("env", [*WRONG, "ExitStep", "ExitFirstReset"])
-@pytest.mark.parametrize("more", [(), ("--json",)], ids=["", "json"])
-def test_what_goes_wrong_in_an_evaluation_is_one_line(env, more, point, capfd):
+def test_what_goes_wrong_in_an_evaluation_is_one_line(env, point, capfd):
     [seed] = core.env_seeds(0, core.TEST, 1)
-    more = (*more, "--episodes", "1")
-    assert evaluate(point, "--env", f"Field/{env}-v0", *more) == 1
+    assert evaluate(point, "--env", f"Field/{env}-v0", "--episodes", "1") == 1
     output = capfd.readouterr()
     assert output.out == ""
     assert output.err.count("\n") == 1
@@ -473,14 +470,13 @@ def test_the_mean_of_an_evaluation_is_that_of_its_episodes(env, point, capsys):
     """However many processes play them."""
     found = {}
     for episodes in (1, 2, 8):
-        more = "--env", f"Field/{env}-v0", "--episodes", str(episodes), "--json"
-        assert evaluate(point, *more) == 0
-        found[episodes] = json.loads(capsys.readouterr().out)
+        assert evaluate(point, "--env", f"Field/{env}-v0", "--episodes", str(episodes)) == 0
+        found[episodes] = float(capsys.readouterr().out.splitlines()[-1].split()[1])
     seeds = core.env_seeds(0, core.TEST, 8)
     learner = core.load_learner(point / core.LAST, f"Field/{env}-v0", "cpu")
     returns, _ = evaluate_here(learner.act, learner.config, seeds)
-    for episodes, result in found.items():
-        assert result["mean"] == pytest.approx(returns[:episodes].mean(), rel=1e-12)
+    for episodes, mean in found.items():
+        assert mean == pytest.approx(returns[:episodes].mean(), abs=0.051)
 
 
 # ---- processes -----------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ WRONG_TESTING = st.one_of(
     pairs(["episodes"], st.sampled_from(["0", "-1", "1.5"]) | NO_NUMBER),
     pairs(["seconds"], OUT_OF_RANGE | NO_NUMBER),
     pairs(["gamma", "num-envs"], st.just("1")),
-    pairs(["record", "render", "json"], STRAY),
+    pairs(["record", "render"], STRAY),
 )
 
 
