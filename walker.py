@@ -57,7 +57,7 @@ def parse_training(argv) -> tuple:
     """Train PPO, then plot the curves and film the best policy. `walker.py evaluate` tests it.
 
     A setting comes from, lowest first: the defaults, the preset of the environment, --config, the
-    resumed checkpoint (the networks' settings: that of --init-from), its flag. The defaults below
+    checkpoint of --resume (or, for the networks only, of --init-from), its flag. The defaults below
     are those of BipedalWalker-v3. --desired-kl, --failure-cost, --action-cost and --entropy-coef
     are VALUE; START END over the run; or START END FROM TO while the mean training return goes
     from FROM to TO.
@@ -86,7 +86,7 @@ def parse_training(argv) -> tuple:
     if resume is None and "init_from" in typed:
         saved = core.load_checkpoint(typed["init_from"], typed.get("env"))["config"]
         saved = core.config_from(saved, typed["init_from"])
-        base.update({name: getattr(saved, name) for name in core.NETWORKS})
+        base = base | {name: getattr(saved, name) for name in core.NETWORKS}
     return core.Config.for_env(**{**base, **typed}), resume, overwrite
 
 

@@ -21,6 +21,7 @@ import torch
 import walker_core as core
 
 TESTS = Path(__file__).resolve().parent
+PRETRAINED = str(TESTS.parent / "checkpoints_walker/pretrained.pt")
 BATCH = 32  # steps of one iteration of the tiny runs: 16 of each of 2 environments
 TINY = {
     "env": "Pendulum-v1",

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import LEARNED, flags, learned, same, tiny, train_without_pictures, tree
+from helpers import LEARNED, PRETRAINED, flags, learned, same, tiny, train_without_pictures, tree
 
 import walker
 import walker_core as core
@@ -256,10 +256,9 @@ def test_init_from_takes_weights_and_statistics_and_nothing_else(trained, state)
 
 def test_init_from_brings_its_networks_unless_other_sizes_are_typed():
     """Hardcore's preset has larger ones than a flat walker's."""
-    pretrained = str(Path(__file__).parents[1] / "checkpoints_walker/pretrained.pt")
-    argv = ["--env", "BipedalWalkerHardcore-v3", "--init-from", pretrained, "--device", "cpu"]
+    argv = ["--env", "BipedalWalkerHardcore-v3", "--init-from", PRETRAINED, "--device", "cpu"]
     config, _, _ = walker.parse_training(argv)
-    preset = core.Config.for_env("BipedalWalkerHardcore-v3", init_from=pretrained, device="cpu")
+    preset = core.Config.for_env("BipedalWalkerHardcore-v3", init_from=PRETRAINED, device="cpu")
     assert preset.actor_hidden == (128, 128)
     assert config == dataclasses.replace(preset, actor_hidden=(64, 64), critic_hidden=(64, 64))
     core.prepare_learner(config, None)

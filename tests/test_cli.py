@@ -18,7 +18,17 @@ import numpy as np
 import pytest
 import torch
 import toy_envs  # noqa: F401
-from helpers import BATCH, evaluate_here, flags, rows, tiny, train_without_pictures, tree, warned
+from helpers import (
+    BATCH,
+    PRETRAINED,
+    evaluate_here,
+    flags,
+    rows,
+    tiny,
+    train_without_pictures,
+    tree,
+    warned,
+)
 
 import walker
 import walker_core as core
@@ -54,7 +64,7 @@ def another(name: str):
     if name in ("actor_hidden", "critic_hidden"):
         return (16, 8)
     if name == "init_from":
-        return str(Path(core.__file__).with_name("checkpoints_walker") / "pretrained.pt")
+        return PRETRAINED
     return {"clip_reward": (-1000.0, 3.0), "env_kwargs": ("g=9.81", "render_fps=9")}.get(name, "x")
 
 
@@ -296,6 +306,11 @@ def test_evaluate_prints_the_numbers_of_its_episodes_and_writes_nothing(folder, 
     seeds = core.env_seeds(3, core.TEST, 5)
     returns, lengths = evaluate_here(learner.act, learner.config, seeds)
     expected = [returns.mean(), returns.std(), 5, returns.min(), returns.max(), lengths.mean()]
+    assert np.array_equal(
+        core.evaluate_policy(learner.act, learner.config, seeds), (returns, lengths)
+    )
+    text = "return {:.1f} ± {:.1f} over {} episodes (min {:.1f}, max {:.1f}), length {:.0f}"
+    assert line == text.format(*expected)
     rounded = [float(number) for number in RESULT.fullmatch(line).groups()]
     assert rounded == pytest.approx(expected, abs=0.051)
     assert returns.std() > 1

@@ -13,13 +13,12 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
-from helpers import BATCH, flags, rows, warned
+from helpers import BATCH, PRETRAINED, flags, rows, warned
 
 import walker
 import walker_core as core
 
 ROOT = Path(__file__).resolve().parents[1]
-PRETRAINED = str(ROOT / "checkpoints_walker/pretrained.pt")
 PASSIVE = "examples.passive_walker:PassiveWalker-v0"
 FAST = "examples.reward_wrapper:FastWalker-v3"
 ZERO = np.zeros(3, np.float32)
