@@ -23,12 +23,12 @@ class Evaluation(core.Validated):
     env: str | None = setting(None, "play in another environment")
     episodes: int = setting(100, "how many episodes", ge=1)
     seed: int = setting(0, "seed of the episodes", ge=0)
-    record: bool = setting(False, "film one, into videos/")
-    analyze_value: bool = setting(False, "plot ten, into plots/")
+    record: bool = setting(False, "film one into videos/")
+    analyze_value: bool = setting(False, "plot ten into plots/")
     render: bool = setting(False, "show some in a window")
     seconds: float | None = setting(None, "limit of film or show", gt=0)
     env_kwargs: tuple[core.KeyValue, ...] = setting((), "environment arguments, KEY=VALUE")
-    out: str | None = setting(None, "folder for videos/ and plots/ (default: the run's)")
+    out: str | None = setting(None, "for videos/ and plots/ (default: the run's)")
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,15 +78,15 @@ def parse_training(argv) -> tuple:
         source = resume = place / core.LAST if place.is_dir() else place
         base.update(core.load_checkpoint(resume, typed.get("env"))["config"])
         typed.setdefault("out", str(folder_of(resume)))
+    elif "init_from" in typed:
+        saved = core.load_checkpoint(typed["init_from"], typed.get("env"))["config"]
+        saved = core.config_from(saved, typed["init_from"])
+        base.update({name: getattr(saved, name) for name in core.NETWORKS})
     if source is not None:
         if "env" in typed:
             base["env"] = typed["env"]
         # check the file by itself, so that the message names it
         base = vars(core.config_from(base, source))
-    if resume is None and "init_from" in typed:
-        saved = core.load_checkpoint(typed["init_from"], typed.get("env"))["config"]
-        saved = core.config_from(saved, typed["init_from"])
-        base = base | {name: getattr(saved, name) for name in core.NETWORKS}
     return core.Config.for_env(**{**base, **typed}), resume, overwrite
 
 
@@ -123,15 +123,15 @@ def evaluate(argv):
         list(itertools.islice(core.play(learner.act, learner.config, seeds, "human"), limit))
     returns, lengths = core.evaluate_policy(learner.act, learner.config, seeds)
     means = np.random.default_rng(0).choice(returns, (10_000, len(returns))).mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    print(f"95 % bootstrap interval: {low:.1f} to {high:.1f}")
+    print("95 % bootstrap interval: {:.1f} to {:.1f}".format(*np.percentile(means, [2.5, 97.5])))
     text = f"return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
     text += f" (min {returns.min():.1f}, max {returns.max():.1f}), length {lengths.mean():.0f}"
     print(text, flush=True)
 
 
-def main(argv) -> int:
+def main(argv=None) -> int:
     """Exit code: 0, 2 for a wrong command, 1 if training failed, 130, 143 or 129 after a signal."""
+    argv = sys.argv[1:] if argv is None else argv
     # None if it is closed
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
@@ -159,4 +159,4 @@ def main(argv) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -124,7 +124,7 @@ def test_ctrl_c_in_a_terminal_ends_a_film_within_a_second(trainings, tmp_path):
     code += "        if args[-1] == 'rgb_array':\n            print('frame', i, flush=True)\n"
     code += "            core.time.sleep(0.1)\n"
     code += "        yield step\n"
-    code += "core.play = slow\nsys.exit(walker.main(sys.argv[1:]))"
+    code += "core.play = slow\nsys.exit(walker.main())"
     terminal = Terminal(sys.executable, "-c", code, *flags(tmp_path, eval_every=BATCH))
     until(lambda: terminal.shows("frame 3"))
     terminal.type(CTRL_C)

@@ -644,7 +644,7 @@ import os, signal, sys
 import walker
 numbers = [signal.SIGTERM]
 os.register_at_fork(after_in_parent=lambda: numbers and signal.raise_signal(numbers.pop()))
-sys.exit(walker.main(sys.argv[1:]))
+sys.exit(walker.main())
 """
 
 
