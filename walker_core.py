@@ -86,6 +86,9 @@ def join_processes():
     with reraise_as(UserError, "WORLD_SIZE is set, but not by torchrun", ValueError):
         store, rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    # imported later, as by an optimizer, its functions' defaults would keep the group alive
+    import torch.distributed.nn  # noqa: F401
+
     # a day, as the others wait while process 0 evaluates
     dist.init_process_group(timeout=timedelta(days=1), store=store, rank=rank, world_size=size)
 
