@@ -26,9 +26,9 @@ class Evaluation(core.Validated):
     record: bool = setting(False, "film one into videos/")
     analyze_value: bool = setting(False, "plot ten into plots/")
     render: bool = setting(False, "show some in a window")
-    seconds: float | None = setting(None, "limit of film or show", gt=0)
+    seconds: float | None = setting(None, "seconds to film or show", gt=0)
     env_kwargs: tuple[core.KeyValue, ...] = setting((), "environment arguments, KEY=VALUE")
-    out: str | None = setting(None, "for videos/ and plots/ (default: the run's)")
+    out: str | None = setting(None, "folder for the files; None: the run's")
 
 
 class Parser(argparse.ArgumentParser):

@@ -5,8 +5,9 @@ evaluate -> checkpoint -> log and export -> train. A section uses only what stan
 read only the trainer, read sections 1 to 6, then 10; sections 0 and 7 to 9 surround it.
 
 BipedalWalker-v3, default settings with EnvPool, seeds 11 to 15: solved after 39 to 88 s of
-training, median 48 s; the best policies of 3M steps return 333 to 338 over 100 new episodes, median
-337. Two cores of a virtual AMD EPYC, PyTorch 2.13.0, Gymnasium 1.4.0, EnvPool 1.2.5.
+training, median 48 s, if evaluated every 100,000 steps; the best policies of 3M steps return 322 to
+340 over 100 new episodes, median 333. Two cores of a virtual AMD EPYC, PyTorch 2.13.0, Gymnasium
+1.4.0, EnvPool 1.2.5.
 
 Shapes: T rollout steps, N environments, B rows of a minibatch, O observation, A action.
 """
@@ -59,7 +60,7 @@ class UserError(Exception):
 
 
 class TrainingError(RuntimeError):
-    """A training that was asked for correctly cannot go on: shown as one line, exit code 1."""
+    """A valid training run cannot continue: shown as one line, exit code 1."""
 
 
 @contextlib.contextmanager
@@ -195,14 +196,14 @@ class Config(Validated):
     state_dependent_std: bool = setting(False, "let the policy output the std too")
 
     learning_rate: float = setting(3e-4, "learning rate of Adam", gt=0)
-    value_learning_rate: float | None = setting(None, "learning rate of the critic", gt=0)
+    value_learning_rate: float | None = setting(None, "critic's rate; None: the policy's", gt=0)
     lr_schedule: Schedule = setting("linear", "learning rate over time; adaptive: by KL")
     desired_kl: Course = setting(0.01, "KL the adaptive schedule aims at")
     gamma: float = setting(0.99, "discount factor", ge=0, le=1)
     gae_lambda: float = setting(0.95, "λ of advantage estimation", ge=0, le=1)
     clip_eps: float = setting(0.2, "clip the probability ratio to 1 ± this", gt=0)
     clip_value_eps: float | None = setting(None, "clip the change of a value to ± this", gt=0)
-    failure_reward: float = setting(1e9, "a termination paid at most this is a failure")
+    failure_reward: float = setting(1e9, "terminations that pay at most this are failures")
     failure_cost: Course = setting(1.0, "multiply a failure's reward by this")
     action_cost: Course = setting(0.0, "charge this × the sum of |actions|")
     entropy_coef: Course = setting(0.0, "weight of the entropy bonus")
@@ -1491,8 +1492,8 @@ def evaluate_if_due(learner, log, started):
     """If an evaluation is due: its columns, and whether this policy is the best so far.
 
     A mean at the threshold is confirmed on 100 new episodes, and the policy ranked by those: the
-    highest of many means over a few episodes is high by luck. As that takes long, it is done
-    until the run is solved, and at its end.
+    highest of many means over a few episodes is high by luck. As that is slow, it stops once the
+    run is solved, except at its end.
     """
     config, counters, threshold = learner.config, learner.counters, learner.threshold
     is_last = config.eval_every > 0 and counters.step >= config.total_timesteps
@@ -1523,7 +1524,7 @@ def evaluate_if_due(learner, log, started):
 def save_if_due(learner, is_best: bool):
     """Write best.pt, step_N.pt and last.pt where due.
 
-    last.pt is, where that costs under 1 % of the time since the last one, or after 10 s.
+    last.pt is due once writing it costs under 1 % of the time since the last one, or after 10 s.
     """
     step = learner.counters.step
     if is_best:

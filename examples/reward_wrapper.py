@@ -1,11 +1,11 @@
-"""A reward of one's own: BipedalWalker-v3 that pays for speed besides.
+"""A custom reward: BipedalWalker-v3 with a bonus for speed.
 
     python walker.py --env examples.reward_wrapper:FastWalker-v3 --out runs/fast
     python walker.py evaluate runs/fast/checkpoints_walker/best.pt --env BipedalWalker-v3
 
 The log, the curves and the evaluations of the first are returns of the wrapped environment; the
-second prints the plain one's. A preset goes by the exact name of the environment, so this one
-trains with the defaults: copy settings from `config.json` of another run with `--config`.
+second prints the plain one's. FastWalker has no preset. For BipedalWalker's settings, add
+`--config checkpoints_walker/pretrained_config.json --vector-env sync --seed 1`.
 """
 
 import gymnasium as gym
