@@ -366,7 +366,7 @@ def name_gait(data):
     """Measure and name the gait of one episode, given as `GAIT_ARRAYS` and `dt`.
 
     `gait` is the first of these names that applies, and `why` the reason in words:
-    - falling: the episode ended in a fall, which is rewarded with -100;
+    - falling: the episode ended in a fall, which is rewarded with at most -50;
     - kneeling: in over 5 % of the steps, a leg touches the ground above its foot, which is the
       lowest fifth of the shin;
     - hopping: in over 5 % of the steps no leg is down, and either both are down in most of the
@@ -390,7 +390,7 @@ def name_gait(data):
     legs = ["hind", "front"] if knee_x <= other_knee_x else ["front", "hind"]
     distance = x[-1] - x[0]
     gait, why = _classify(down, knee, legs, len(starts), distance)
-    if data["terminated"][-1] and data["rewards"][-1] <= -100:
+    if data["terminated"][-1] and data["rewards"][-1] <= -50:
         gait, why = "falling", f"after {dt * len(x):.1f} s of {gait}"
 
     height = y - data["knees"][:, :, 2].mean(axis=1)

@@ -28,7 +28,7 @@ class Evaluation(core.Validated):
     render: bool = setting(False, "show some in a window")
     seconds: float | None = setting(None, "seconds to film or show", gt=0)
     env_kwargs: tuple[core.KeyValue, ...] = setting((), "environment arguments, KEY=VALUE")
-    out: str | None = setting(None, "folder for the files; None: the run's")
+    out: str | None = setting(None, "for the files; None: the run's")
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,7 +122,7 @@ def evaluate(argv):
         limit = round((test.seconds or 30) * learner.fps)
         list(itertools.islice(core.play(learner.act, learner.config, seeds, "human"), limit))
     returns, lengths = core.evaluate_policy(learner.act, learner.config, seeds)
-    means = np.random.default_rng(0).choice(returns, (10_000, len(returns))).mean(axis=1)
+    means = [np.random.default_rng(i).choice(returns, len(returns)).mean() for i in range(10_000)]
     print("95 % bootstrap interval: {:.1f} to {:.1f}".format(*np.percentile(means, [2.5, 97.5])))
     text = f"return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
     text += f" (min {returns.min():.1f}, max {returns.max():.1f}), length {lengths.mean():.0f}"

@@ -94,7 +94,7 @@ def join_processes():
     dist.init_process_group(timeout=timedelta(days=1), store=store, rank=rank, world_size=size)
 
 
-def rank_and_world_size() -> tuple[int, int]:
+def rank_and_world_size():
     """This process's number, and how many there are; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -284,7 +284,7 @@ COURSES = ("desired_kl", "failure_cost", "action_cost", "entropy_coef")
 BIPEDAL: dict = {
     "num_envs": 64, "rollout_steps": 128, "minibatch_size": 2048, "lr_schedule": "adaptive",
     "learning_rate": 1e-3, "desired_kl": (0.02, 0.0), "max_grad_norm": 5.0,
-    "failure_reward": -100.0, "clip_reward": (-200.0, 200.0), "eval_every": 250_000,
+    "failure_reward": -50.0, "clip_reward": (-200.0, 200.0), "eval_every": 250_000,
 }  # fmt: skip
 MUJOCO: dict = {"update_epochs": 10, "max_grad_norm": 1.0}
 PRESETS: dict = {
@@ -413,7 +413,8 @@ class NamedEnv(gym.Wrapper):
         self.observation_space = network_space(env.observation_space)
 
     def reset(self, *, seed=None, options=None):
-        with self._failure():
+        # anything, even SystemExit: the environment is not our code
+        with reraise_as(TrainingError, self.name, Exception, SystemExit):
             if seed is not None:
                 self.unwrapped.observation_space.seed(seed)
                 self.unwrapped.action_space.seed(seed)
@@ -421,7 +422,7 @@ class NamedEnv(gym.Wrapper):
             return self._convert(obs), {}
 
     def step(self, action):
-        with self._failure():
+        with reraise_as(TrainingError, self.name, Exception, SystemExit):
             obs, reward, terminated, truncated, _ = self.env.step(action)
             # an array of one number is one
             reward = np.asarray(reward, float).item()
@@ -441,10 +442,6 @@ class NamedEnv(gym.Wrapper):
         obs = np.array(obs, self.observation_space.dtype)
         check_finite(obs, reward)
         return obs
-
-    def _failure(self):
-        # anything, even SystemExit: the environment is not our code
-        return reraise_as(TrainingError, self.name, Exception, SystemExit)
 
 
 def make_env(config, render_mode=None, name="environment") -> gym.Env:
@@ -909,7 +906,7 @@ def average_over_processes(agent, metrics, rows):
     return dict(zip(metrics, flat[-1 - len(values) : -1], strict=True))
 
 
-def mean_of(history, name) -> Tensor:
+def mean_of(history, name):
     return torch.stack([metrics[name] for metrics in history]).mean()
 
 
@@ -946,7 +943,8 @@ def update(agent, optimizer, batch, config) -> dict:
         adapt_learning_rates(optimizer, columns["approx_kl"], config.desired_kl)
     columns["learning_rate"] = float(optimizer.param_groups[0]["lr"])
     residual = (batch.returns - batch.values).var(correction=0)
-    columns["explained_variance"] = (1 - residual / (batch.returns.var(correction=0) + 1e-8)).item()
+    total = batch.returns.var(correction=0) + 1e-8
+    columns["explained_variance"] = (1 - residual / total).item()
     if not agent.discrete:
         columns["action_std"] = agent.distribution(batch.obs).stddev.mean().item()
     return columns
@@ -972,7 +970,7 @@ def act(agent, normalizer, action_space, obs: np.ndarray) -> np.ndarray:
     return env_actions(agent.mean_action(normalizer.normalize(obs).to(device)), action_space)
 
 
-def play(act, config, seeds, render=None) -> Iterator[tuple]:
+def play(act, config, seeds, render=None):
     """One deterministic episode for each seed; yields (environment, step) after each step.
 
     A step is a dict of what it began with, was given, and led to. `render` is a render mode.
@@ -1016,7 +1014,7 @@ def exit_with_main_process():
     os._exit(1)
 
 
-def map_in_workers(task, arguments) -> list:
+def map_in_workers(task, arguments):
     """task(argument) for each argument, in their order, in worker processes on all cores.
 
     Raises what a task raises, and TrainingError if a worker dies. None of them is left in the end,
@@ -1099,10 +1097,12 @@ def atomic_path(path: Path):
 
 def resolve_device(name: str) -> torch.device:
     """The device of that name. UserError if this machine has none."""
+    # every process of torchrun needs a GPU of its own
+    fits = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not getattr(torch, name).is_available():
-        raise UserError(f"--device {name}: there is none here, use --device cpu")
+        name = "cuda" if fits else "cpu"
+    if not (fits if name == "cuda" else getattr(torch, name).is_available()):
+        raise UserError(f"--device {name}: none here, use --device cpu")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
@@ -1292,11 +1292,12 @@ RUN_FILES = [
 ]  # fmt: skip
 
 
-def run_in(out: Path) -> dict:
-    """What config.json says of the run in a folder; {} if it says nothing."""
+def run_in(out: Path):
+    """Which run a folder holds, by its config.json or last.pt; None if neither says it."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        return dict(json.loads((out / CONFIG_JSON).read_bytes())["_about"])
-    return {}
+        return json.loads((out / CONFIG_JSON).read_bytes())["_about"]["run"]
+    with contextlib.suppress(OSError, UserError):
+        return load_checkpoint(out / LAST, "")["about"]["run"]
 
 
 @contextlib.contextmanager
@@ -1307,7 +1308,7 @@ def claim_folder(out, run, overwrite):
     """
     checkpoints = out / "checkpoints_walker"
     holds_run = any((out / name).exists() for name in (BEST, LAST, METRICS_CSV))
-    if holds_run and not overwrite and run_in(out).get("run") != run:
+    if holds_run and not overwrite and run_in(out) != run:
         advice = "--resume it, or use another --out or --overwrite"
         raise UserError(f"{checkpoints} holds a run: {advice}")
     with reraise_as(UserError, f"--out {out} is in use, or cannot be written to", OSError):
@@ -1320,7 +1321,7 @@ def claim_folder(out, run, overwrite):
         yield
 
 
-def read_rows(path: Path, step: int) -> list[str]:
+def read_rows(path: Path, step: int):
     """The lines of metrics.csv up to `step`, without a torn last one. UserError if damaged."""
     header = ",".join(CSV_COLUMNS)
     with reraise_as(UserError, str(path), ValueError):
@@ -1378,7 +1379,7 @@ class RunLog(contextlib.ExitStack):
         self.last_line_at = time.monotonic()
 
 
-def film_one(saved_act, config, measure, limit, files, seed) -> list:
+def film_one(saved_act, config, measure, limit, files, seed):
     """Film an episode in a worker process, see `record_episode`."""
     import viz
 
@@ -1415,11 +1416,11 @@ def write_episode_data(learner, steps, path):
         np.savez_compressed(temporary, **arrays)
 
 
-def episode_columns(episodes) -> dict:
-    """Raw returns and lengths of the episodes that ended in an iteration."""
+def episode_columns(episodes):
+    """Raw returns and lengths of this process's episodes that ended in an iteration."""
     columns = {"episodes": len(episodes)}
-    for i, name in enumerate(["return", "length"] if episodes else []):
-        values = [episode[i] for episode in episodes]
+    # no episodes, no columns
+    for name, values in zip(("return", "length"), zip(*episodes, strict=True), strict=False):
         columns.update({f"{name}_mean": np.mean(values), f"{name}_min": min(values)})
         columns[f"{name}_max"] = max(values)
     return columns
@@ -1450,8 +1451,9 @@ def export(learner, log):
     counters, out = learner.counters, Path(learner.config.out)
     log.line(f"{counters.step:,} steps in {counters.wall_s / 60:.1f} min")
     draw_curves(learner, log)
+    # not into the learner: Ctrl-C would save it as the last state
     if (out / BEST).exists():
-        learner.load(load_checkpoint(out / BEST, learner.config.env), out / BEST, POLICY)
+        learner = load_learner(out / BEST, learner.config.env, learner.config.device)
     film_policy(learner, log, out / FILM)
 
 
@@ -1483,7 +1485,7 @@ def open_run(learner, overwrite: bool) -> Iterator[RunLog]:
                 raise
 
 
-def is_due(every, step, config) -> bool:
+def is_due(every, step, config):
     """Whether the iteration that ends at `step` is the first at or past a multiple of `every`."""
     return every > 0 and step // every > (step - config.steps_per_iteration) // every
 

@@ -183,7 +183,9 @@ def test_a_fall_of_the_walker_is_the_failure_of_its_preset():
     config = core.Config.for_env("BipedalWalker-v3")
     *_, (_, last) = core.play(lambda obs: np.ones((len(obs), 4), np.float32), config, [1])
     assert last["terminated"]
-    assert last["rewards"] == config.failure_reward == -100
+    assert last["rewards"] == -100
+    # with a bonus for speed, as of examples/reward_wrapper.py, too
+    assert last["rewards"] + 50 <= config.failure_reward
 
 
 def test_what_stands_on_reset_rows_changes_nothing_in_the_batch_not_even_an_action_that_costs():

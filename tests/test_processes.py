@@ -252,6 +252,20 @@ def test_all_processes_end_after_the_same_iteration_and_the_film(ranks):
     assert [found["train"]["filmed"] for found in ranks] == [True] * RANKS
 
 
+@pytest.mark.parametrize(("gpus", "processes"), [(0, 1), (1, 1), (1, 2), (2, 2)])
+def test_a_gpu_is_used_where_every_process_has_one(gpus, processes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_RANK", str(processes - 1))
+    if gpus < processes:
+        assert core.resolve_device("auto") == torch.device("cpu")
+        with pytest.raises(core.UserError, match="--device cuda"):
+            core.resolve_device("cuda")
+    else:
+        for name in ("auto", "cuda"):
+            assert core.resolve_device(name) == torch.device("cuda", processes - 1)
+
+
 # ---- torchrun ------------------------------------------------------------------------------------
 
 

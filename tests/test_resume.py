@@ -24,6 +24,7 @@ import walker
 import walker_core as core
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
+EXPORT = core.export  # before a fixture takes it away
 
 ITERATIONS = 5
 ADAPTIVE = {"lr_schedule": "adaptive", "learning_rate": 1e-3, "desired_kl": 1e-4}
@@ -199,3 +200,34 @@ def test_an_iteration_writes_its_row_then_best_then_last(tmp_path, monkeypatch):
     core.train(tiny(tmp_path, total_timesteps=2 * BATCH, eval_every=BATCH))
     first = [core.LAST, "row 1", core.BEST, core.LAST]
     assert written == [*first, "row 2", core.BEST, core.LAST, core.LAST]
+
+
+# ---- What could get lost after the last step, or in a copy ---------------------------------------
+
+
+def test_ctrl_c_during_the_last_film_leaves_the_last_state_not_the_best(tmp_path, monkeypatch):
+    returns = iter([5.0, 1.0, 1.0])
+    monkeypatch.setattr(core, "evaluate_policy", lambda *_: (np.full(2, next(returns)), None))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(core, "export", EXPORT)
+    monkeypatch.setattr(core, "record_episode", stop)
+    config = tiny(tmp_path, eval_every=BATCH, total_timesteps=3 * BATCH)
+    with pytest.raises(KeyboardInterrupt):
+        core.train(config)
+    assert core.load_checkpoint(tmp_path / core.BEST)["counters"]["step"] == BATCH
+    assert core.load_checkpoint(tmp_path / core.LAST)["counters"]["step"] == 3 * BATCH
+    assert not same(learned(tmp_path / core.LAST), learned(tmp_path / core.BEST))
+
+
+def test_a_copied_last_pt_is_enough_to_go_on(tmp_path):
+    core.train(tiny(tmp_path / "first", total_timesteps=2 * BATCH))
+    copied = tmp_path / "second" / core.LAST
+    copied.parent.mkdir(parents=True)
+    copied.write_bytes((tmp_path / "first" / core.LAST).read_bytes())
+    with pytest.raises(core.UserError, match="holds a run"):
+        core.train(tiny(tmp_path / "second"))
+    more = tiny(tmp_path / "second", total_timesteps=3 * BATCH)
+    assert core.train(more, copied).step == 3 * BATCH
