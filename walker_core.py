@@ -133,7 +133,7 @@ def setting(default, meaning, **limits):
 
 def course(value):
     """VALUE, or the tuple START END or START END FROM TO. ValueError if it is none of them."""
-    numbers = np.array(value, dtype=float, ndmin=1).tolist()
+    numbers = np.array(value, float, ndmin=1).tolist()
     window = numbers[2:]
     shaped = len(numbers) in (1, 2, 4) and window == sorted(set(window))
     if not (shaped and np.isfinite(numbers).all() and min(numbers[:2]) >= 0):
@@ -294,9 +294,10 @@ PRESETS: dict = {
     },
     "BipedalWalkerHardcore-v3": BIPEDAL | {
         "total_timesteps": 40_000_000, "actor_hidden": (128, 128), "critic_hidden": (128, 128),
-        "eval_every": 1_000_000, "eval_episodes": 40,
-        "desired_kl": (0.015, 0.0), "action_cost": (0.0, 0.28, 230.0, 290.0),
-        "entropy_coef": (0.006, 0.0, 100.0, 220.0), "failure_cost": (0.08, 20.0, 60.0, 285.0),
+        "num_envs": 256, "rollout_steps": 32, "eval_every": 1_000_000, "eval_episodes": 40,
+        "gae_lambda": 0.8, "desired_kl": (0.015, 0.0),
+        "action_cost": (0.0, 0.14, 100.0, 220.0), "failure_cost": (0.05, 20.0, 50.0, 285.0),
+        "entropy_coef": (0.012, 0.0, 100.0, 300.0),
     },
     "HalfCheetah-v5": MUJOCO | {
         "minibatch_size": 64, "init_std": 0.4, "gamma": 0.98, "gae_lambda": 0.92,
@@ -1063,8 +1064,7 @@ def evaluate_policy(act, config, seeds):
     Touches no training state. Raises what `map_in_workers` raises.
     """
     task = functools.partial(play_one, to_bytes(act), config)
-    returns, lengths = np.transpose(map_in_workers(task, seeds))
-    return returns, lengths
+    return np.transpose(map_in_workers(task, seeds))
 
 
 # ==== 8. Checkpoint ===============================================================================
@@ -1123,7 +1123,7 @@ class Counters(Validated):
 def provenance():
     """The command, versions and machine of this process, for readers; a commit if there is one."""
     found = {"command": sys.argv, "python": sys.version, "platform": platform.platform()}
-    found["packages"] = {package.name: package.version for package in metadata.distributions()}
+    found["packages"] = {p.name: p.version for p in metadata.distributions()}
     git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):
         found["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -1566,7 +1566,7 @@ def average_return(average, episodes) -> float:
 
     Each episode has a weight of 0.02. -inf before the first has ended.
     """
-    returns = [episode_return for episode_return, _ in episodes]
+    returns = [value for value, _ in episodes]
     count, total = sum_over_processes(torch.tensor([len(returns), sum(returns)]).double()).tolist()
     if count == 0:
         return average
